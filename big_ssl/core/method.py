@@ -1,0 +1,145 @@
+"""The protocol of a self-supervised system: what it wants to see, what it minimises, what it remembers."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, TrainState
+
+Augment = Callable[[Array, Array], Array]  # (key, image [H, W, C] float32 in [0, 1]) -> image; a frozen dataclass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+  """One kind of crop of an image; the method finds it as `batch[name]`, [B, count, H, W, C].
+
+  Attributes:
+    name: key in the batch.
+    size: output side in pixels, or (height, width).
+    count: how many independent copies are drawn per image.
+    crop: how the box is chosen: "random_resized" as torchvision's RandomResizedCrop (10 tries, then a clamped
+      center crop); "center" the largest box of the output's aspect, shrunk by `center_fraction`; "none" the whole image, squashed.
+    scale: range of the crop's share of the image area.
+    ratio: range of the crop's width/height, drawn log-uniformly.
+    flip: probability of a left-right flip.
+    interpolation: "bilinear" or "bicubic", both antialiased as in PIL.
+    center_fraction: for "center": 224/256 is "resize the shorter side to 256, cut the center 224".
+    return_box: adds `batch[name + "_box"]`, [B, count, 4]: y0, x0, y1, x1 as shares of the image's height and width.
+    augment: photometric operations, per image, on the device, in this order.
+  """
+
+  name: str
+  size: int | tuple[int, int]
+  count: int = 1
+  crop: Literal["random_resized", "center", "none"] = "random_resized"
+  scale: tuple[float, float] = (0.08, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  flip: float = 0.5
+  interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+  center_fraction: float = 1.0
+  return_box: bool = False
+  augment: tuple[Augment, ...] = ()
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffle:
+  """Every epoch visits each example once, in an order that is a function of (seed, epoch) alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential:
+  """Examples in the order of the source, once: evaluation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+  """What one stream of batches holds: views of images, and the extra keys (`label`, `mask`, ...) that come along.
+
+  `batch["index"]` [B] int32 is always there.
+  """
+
+  views: tuple[View, ...]
+  source: str = "train"
+  keys: tuple[str, ...] = ()
+  sampler: Shuffle | Sequential = Shuffle()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+  """A self-supervised system as pure functions; hyper-parameters are the fields, and it holds no array.
+
+  The last four fields are filled by the engine from the config and the data, never by the user.
+  """
+
+  model: Any = None  # the backbone, a linen module from `models/`
+  total_steps: int = 0
+  steps_per_epoch: float = 0.0
+  image_channels: int = 3
+  num_classes: int = 0  # of the training labels; 0 where there are none
+
+  supports_accumulation = False  # class constant: is the loss a mean over examples?
+  accumulation_reason = "its loss is not a mean over examples"
+
+  @abc.abstractmethod
+  def inputs(self) -> Inputs | dict[str, Inputs]:
+    """The views of a training batch; a dict nests the batch by stream."""
+
+  @abc.abstractmethod
+  def eval_view(self) -> View:
+    """The one deterministic view, named "image", under which features are evaluated."""
+
+  @abc.abstractmethod
+  def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
+    """Parameters and extra state; `batch` gives the shapes."""
+
+  @abc.abstractmethod
+  def loss(
+    self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array
+  ) -> tuple[Array, tuple[Extra, Metrics]]:
+    """The scalar loss as if one device held the global batch, the new extra state and scalar metrics."""
+
+  def post_update(self, params: Params, extra: Extra, step: Array) -> Extra:
+    """Called with the NEW params: EMA and the like. `step` is the number of updates before this one."""
+    del params, step
+    return extra
+
+  @abc.abstractmethod
+  def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
+    """Evaluation features of `batch["image"]` [B, 1, H, W, C]; "pooled" [B, D] always. Which tree is evaluated is decided here."""
+
+  def param_rules(self) -> tuple[Rule, ...]:
+    """Ordered rules; every parameter must match one."""
+    return (Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False), Rule(pattern=r".*"))
+
+  @property
+  def refresh_every(self) -> Interval | None:
+    return None
+
+  def refresh(self, state: TrainState, extract: Callable, rng: Array) -> TrainState:
+    """Epoch-level work (clustering, banks) at `refresh_every`; `extract` gives features of the whole training set."""
+    del extract, rng
+    return state
+
+  def plan(self, extra: Extra, epoch: int, seed: int) -> np.ndarray | None:
+    """The index order of one epoch from checkpointed state only; None leaves it to the sampler."""
+    del extra, epoch, seed
+    return None
+
+  def replace(self, **changes: Any) -> Method:
+    return dataclasses.replace(self, **changes)
+
+
+def as_streams(inputs: Inputs | dict[str, Inputs]) -> dict[str, Inputs]:
+  """A single stream is the stream named ""."""
+  return {"": inputs} if isinstance(inputs, Inputs) else dict(inputs)
+
+
