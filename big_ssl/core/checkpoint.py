@@ -1,0 +1,120 @@
+"""Checkpoints: the TrainState pytree and a small record, written asynchronously and atomically by Orbax.
+
+Before anything is loaded, names, shapes and dtypes are compared with the record, since the storage layer would cast a
+dtype silently. A damaged newest checkpoint is set aside, never deleted, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from big_ssl.core.types import PyTree, TrainState, UserError
+
+
+def signature(state: PyTree) -> dict[str, list]:
+  """{path: [shape, dtype]} of every leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): [list(x.shape), str(x.dtype)] for p, x in leaves}
+
+
+def compare(saved: dict[str, list], wanted: dict[str, list], *, where: str) -> None:
+  """Raises `UserError` naming what is missing, extra and different between a checkpoint and the configured state."""
+  missing = sorted(set(wanted) - set(saved))
+  extra = sorted(set(saved) - set(wanted))
+  different = [f"{k} {saved[k]} in the checkpoint, {wanted[k]} wanted" for k in sorted(set(saved) & set(wanted)) if saved[k] != wanted[k]]
+  parts = [
+    f"{label}: {', '.join(items[:5])}{f' and {len(items) - 5} more' if len(items) > 5 else ''}"
+    for label, items in (("missing", missing), ("extra", extra), ("different", different))
+    if items
+  ]
+  if parts:
+    raise UserError(f"{where}: the checkpoint does not fit this config. {'; '.join(parts)}. Use another --workdir or the config it was made with.")
+
+
+class Checkpointer:
+  """Saves and restores under `workdir/checkpoints/<step>`."""
+
+  def __init__(self, workdir: str | pathlib.Path, *, keep_last: int = 2, keep_every: int | None = None):
+    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True)
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
+    except OSError as error:
+      raise UserError(f"--workdir={workdir}: checkpoints cannot be written here: {error.strerror or error}.") from None
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, *, meta: dict[str, Any]) -> None:
+    """Starts writing; returns as soon as the arrays are copied. A failure surfaces here or in `wait`."""
+    step = int(state.step)
+    record = meta | {"tree": signature(state)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+    self._guard(lambda: self._manager.save(step, args=args, force=True))
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._guard(self._manager.wait_until_finished)
+
+  def close(self) -> None:
+    self._guard(self._manager.close)
+
+  def _guard(self, action: Callable[[], Any]) -> None:
+    try:
+      action()
+    except Exception as error:  # the storage layers raise OSError, ValueError and their own kinds for a full disk
+      cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+      older = self.steps()
+      kept = f"the checkpoint of step {older[-1]} is intact" if older else "no earlier checkpoint exists"
+      raise UserError(f"{self.directory}: the checkpoint could not be written ({cause}); {kept}.") from error
+
+  def restore(self, abstract: TrainState, *, step: int | None = None, warn: Callable[[str], None] = print) -> tuple[TrainState, dict] | None:
+    """The newest readable state, placed as the shardings of `abstract` say, and its record; None when there is none.
+
+    Raises:
+      UserError: the checkpoint is of another tree, or the asked `step` does not exist.
+    """
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise UserError(f"{self.directory}: no checkpoint of step {step}. There are: {', '.join(map(str, steps)) or 'none'}.")
+    for candidate in [step] if step is not None else reversed(steps):
+      try:
+        record = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        compare(record["tree"], signature(abstract), where=str(self.directory / str(candidate)))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(candidate, args=args)["state"]
+        if int(state.step) != candidate:
+          raise ValueError(f"holds step {int(state.step)}")
+        return state, record
+      except UserError:
+        raise
+      except Exception as error:  # damaged files surface as many kinds of exception
+        cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        aside = self._set_aside(candidate)
+        warn(f"checkpoint {candidate} is damaged ({cause}); moved to {aside}, trying the one before it.")
+    return None
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    target = self.directory.parent / "damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      number = 0
+      while target.exists():
+        number += 1
+        target = target.with_name(f"{step}.{number}")
+      (self.directory / str(step)).rename(target)
+    self._manager.reload()
+    return target
+
+
+def equal(a: PyTree, b: PyTree) -> bool:
+  """Whether two states are bit-equal; used to exercise the first save and restore before step 1."""
+  same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True), a, b)
+  return all(jax.tree.leaves(same))

@@ -1,0 +1,295 @@
+"""From a config file and command-line overrides to typed, frozen dataclasses.
+
+An unknown key, a wrong type or an impossible combination is a `UserError` that names the config path, the value,
+what is accepted and the nearest key.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from big_ssl.core.health import HealthConfig
+from big_ssl.core.types import Interval, Rule, UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where images come from and how they reach the device.
+
+  Attributes:
+    source: "sprites", a folder, a tar or glob of tars, a .npz, a TFRecord glob, or "tfds:name".
+    dir: root of prepared TFDS data sets; "" is TFDS's own default.
+    split, eval_split: names of the splits, where the source has them; "" lets the source choose.
+    canvas: side in pixels of the uint8 canvas an image is decoded into; larger images are shrunk to fit, aspect kept;
+      0 chooses from the views (2.3 times the largest, rounded up to 32).
+    crop: "device" cuts the views inside the jitted step, "host" cuts them on the CPU; "auto" is "device" on an
+      accelerator, and "host" on CPU, where the device's work is the host's.
+    threads, prefetch: decoding threads (0: one per core) and batches in flight.
+    train_examples, eval_examples, image_size: size of the `sprites` world; eval_examples also caps other sources (0: all).
+  """
+
+  source: str = "sprites"
+  dir: str = ""
+  split: str = ""
+  eval_split: str = ""
+  canvas: int = 0
+  crop: Literal["auto", "device", "host"] = "auto"
+  threads: int = 0
+  prefetch: int = 4
+  train_examples: int = 8192
+  eval_examples: int = 0
+  image_size: int = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """The optimizer and its schedules (see `core/optim.py`).
+
+  Attributes:
+    lr: peak learning rate; with lr_scale "linear" it is multiplied by batch/256, with "sqrt" by sqrt(batch).
+    schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, then by a cosine to final_lr.
+    stretch: the curves (learning rate, weight decay and the method's own) are laid over stretch * total steps.
+    schedule_offset: update i uses the curve at i + offset (MSN steps its scheduler first: 1).
+    weight_decay, weight_decay_final: decoupled decay; a cosine from the first to the second where both are given.
+    clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor.
+    rules: parameter rules that come before the method's own.
+  """
+
+  name: Literal["adamw", "sgd", "lars"] = "adamw"
+  lr: float = 1e-3
+  lr_scale: Literal["none", "linear", "sqrt"] = "none"
+  schedule: Literal["constant", "cosine", "warmup_cosine"] = "warmup_cosine"
+  warmup: Interval = Interval(0, "steps")
+  start_lr: float = 0.0
+  final_lr: float = 0.0
+  stretch: float = 1.0
+  schedule_offset: int = 0
+  weight_decay: float = 0.0
+  weight_decay_final: float | None = None
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  momentum: float = 0.9
+  nesterov: bool = False
+  trust_coefficient: float = 1e-3
+  clip: float = 0.0
+  clip_by: Literal["global", "tensor"] = "global"
+  accumulate: int = 1
+  rules: tuple[Rule, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices per axis; -1 takes what is left. `tensor_rules` maps path patterns to the dimension split over "tensor"."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  fsdp_min_size: int = 65536
+  tensor_rules: tuple[tuple[str, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When to save and what to keep: the last `keep_last`, and for good every `keep_every`."""
+
+  every: Interval = Interval(10, "epochs")
+  keep_last: int = 2
+  keep_every: Interval | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One run. `method`, `model` and each entry of `evals` stay mappings until their classes are found by name."""
+
+  seed: int = 0
+  batch_size: int = 256
+  total: Interval = Interval(100, "epochs")
+  log_every: Interval = Interval(50, "steps")
+  method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  health: HealthConfig = HealthConfig()
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[Config, dict]:
+  """Reads "configs/msn.py" or "configs/msn.py:argument" and applies overrides such as {"optim.lr": "3e-4"}.
+
+  Returns the typed config and the plain nested dict it was built from, which is what `config.json` records.
+  """
+  tree = _run_file(spec)
+  for path, text in (overrides or {}).items():
+    _set(tree, path.split("."), _literal(text), path)
+  return build(Config, tree, path="config"), tree
+
+
+def _run_file(spec: str) -> dict:
+  name, _, argument = spec.partition(":")
+  file = pathlib.Path(name)
+  if not file.is_file():
+    near = nearest(str(file), [str(p) for p in sorted(file.parent.glob("*.py"))] if file.parent.is_dir() else [])
+    raise UserError(f"--config={spec}: no such file '{name}'.{near}")
+  module_spec = importlib.util.spec_from_file_location("big_ssl_config", file)
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except (SyntaxError, ImportError, NameError) as error:
+    raise UserError(f"--config={spec}: the file cannot be read: {error}") from error
+  if not callable(getattr(module, "get_config", None)):
+    raise UserError(f"--config={spec}: the file has no function get_config().")
+  takes_argument = bool(inspect.signature(module.get_config).parameters)
+  if argument and not takes_argument:
+    raise UserError(f"--config={spec}: this config takes no argument, found ':{argument}'.")
+  config = module.get_config(argument) if argument else module.get_config()
+  return _plain(config)
+
+
+def _plain(value: Any) -> Any:
+  """ConfigDicts and mappings to dicts, sequences to tuples, all the way down."""
+  if hasattr(value, "to_dict"):
+    value = value.to_dict()
+  if isinstance(value, Mapping):
+    return {str(k): _plain(v) for k, v in value.items()}
+  return tuple(_plain(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _literal(text: str) -> Any:
+  try:
+    return _plain(ast.literal_eval(text))
+  except (ValueError, SyntaxError):
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _set(tree: dict, keys: list[str], value: Any, path: str) -> None:
+  for key in keys[:-1]:
+    child = tree.setdefault(key, {})
+    if not isinstance(child, dict):
+      raise UserError(f"--config.{path}: '{key}' holds the value {child!r}, not further keys.")
+    tree = child
+  tree[keys[-1]] = value
+
+
+def build(cls: type, tree: Mapping[str, Any], *, path: str, **fixed: Any) -> Any:
+  """Makes the dataclass `cls` from a mapping, checking every key and type; `fixed` fields are not the user's to set."""
+  if not isinstance(tree, Mapping):
+    raise UserError(f"{path}={tree!r}: expected keys and values ({', '.join(f.name for f in dataclasses.fields(cls))}).")
+  hints = typing.get_type_hints(cls)
+  names = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in fixed and f.name not in ("parent", "name")]
+  if cls.__module__.endswith("core.types") or "name" in _own_fields(cls):
+    names.append("name")
+  values = {}
+  for key, value in tree.items():
+    if key not in names:
+      raise UserError(f"{path}.{key}={value!r}: unknown key.{nearest(key, names)} Accepted: {', '.join(sorted(set(names)))}.")
+    values[key] = coerce(hints[key], value, path=f"{path}.{key}")
+  try:
+    return cls(**values, **fixed)
+  except UserError as error:
+    message = str(error)
+    raise UserError(message if message.startswith(path) else f"{path}: {message}") from None
+
+
+def _own_fields(cls: type) -> set[str]:
+  """Fields written in the class itself; linen adds `parent` and `name`, which are not the user's."""
+  return set(cls.__annotations__) & {f.name for f in dataclasses.fields(cls)}
+
+
+def coerce(hint: Any, value: Any, *, path: str) -> Any:
+  """Returns `value` as the annotated type, or raises `UserError` naming path, value and what is accepted."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if hint is Any or (dataclasses.is_dataclass(hint) and isinstance(value, hint)):
+    return value
+  if hint is Interval:
+    return Interval.parse(value, path=path)
+  if dataclasses.is_dataclass(hint):
+    return build(hint, value, path=path)
+  if origin in (typing.Union, types.UnionType):
+    return _coerce_union(args, value, path)
+  if origin is Literal:
+    if value not in args:
+      raise UserError(f"{path}={value!r}: expected one of {', '.join(map(repr, args))}.{nearest(value, map(str, args))}")
+    return value
+  if origin is tuple and isinstance(value, (list, tuple)):
+    inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
+    if len(inner) != len(value):
+      raise UserError(f"{path}={value!r}: expected {len(inner)} values.")
+    return tuple(coerce(h, v, path=f"{path}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+  if (origin or hint) in (Mapping, dict) or origin is not None and issubclass(origin, Mapping):
+    if isinstance(value, Mapping):
+      return dict(value)
+  elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value)
+  elif hint is int and isinstance(value, float) and value.is_integer():
+    return int(value)
+  elif hint in (int, str, bool) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    return value
+  expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+  raise UserError(f"{path}={value!r}: expected {expected}, found {type(value).__name__}.")
+
+
+def _coerce_union(options: tuple, value: Any, path: str) -> Any:
+  if value is None and type(None) in options:
+    return None
+  errors = []
+  for option in options:
+    if option is not type(None):
+      try:
+        return coerce(option, value, path=path)
+      except UserError as error:
+        errors.append(str(error))
+  raise UserError(errors[0])
+
+
+def find(kind: str, name: str, base: type, *, path: str) -> type:
+  """The one public subclass of `base` in `big_ssl/<kind>/<name>.py`, or in the module of a dotted path.
+
+  Raises:
+    UserError: no such file (names the nearest), or not exactly one subclass in it.
+  """
+  if not isinstance(name, str) or not name:
+    raise UserError(f"{path}={name!r}: expected a name. Accepted: {', '.join(available(kind, base))}.")
+  module_name = name if "." in name else f"big_ssl.{kind}.{name}"
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if error.name and not module_name.startswith(error.name):
+      raise
+    names = available(kind, base)
+    raise UserError(f"{path}={name!r}: not found.{nearest(name, names)} Accepted: {', '.join(names)}, or a dotted path to your own module.") from None
+  found = _subclasses(module, base)
+  if len(found) != 1:
+    raise UserError(f"{path}={name!r}: the module holds {len(found)} {base.__name__} classes, expected exactly one.")
+  return found[0]
+
+
+def _subclasses(module: types.ModuleType, base: type) -> list[type]:
+  members = (m for n, m in inspect.getmembers(module, inspect.isclass) if not n.startswith("_"))
+  return [m for m in members if issubclass(m, base) and m is not base and m.__module__ == module.__name__]
+
+
+def available(kind: str, base: type) -> list[str]:
+  """Names of the files in `big_ssl/<kind>` that define a `base`."""
+  package = importlib.import_module(f"big_ssl.{kind}")
+  names = [m.name for m in pkgutil.iter_modules(package.__path__)]
+  return sorted(n for n in names if len(_subclasses(importlib.import_module(f"big_ssl.{kind}.{n}"), base)) == 1)
+
+
+def build_named(kind: str, tree: Mapping[str, Any], base: type, *, path: str, **fixed: Any) -> Any:
+  """Finds the class that `tree["name"]` names and builds it from the other keys."""
+  fields = dict(tree)
+  cls = find(kind, fields.pop("name", ""), base, path=f"{path}.name")
+  return build(cls, fields, path=path, **fixed)

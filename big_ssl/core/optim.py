@@ -1,0 +1,212 @@
+"""Optimizers with parameter rules: AdamW, momentum SGD and LARS, as pure functions of the step.
+
+Learning rate and weight decay are read from curves at the step; nothing counts but `TrainState.step`, except Adam's
+bias correction, whose count is kept per tensor: a tensor frozen for a while starts its own count at its first update,
+as the reference implementations of DINO do by skipping it (arXiv 2104.14294, public code).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from big_ssl.core import schedules
+from big_ssl.core.config import OptimConfig
+from big_ssl.core.types import Array, Params, PyTree, Rule, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """What the optimizer does with one parameter tensor."""
+
+  path: str
+  shape: tuple[int, ...]
+  rule: Rule
+  freeze_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """`init(params)` and `apply(params, grads, state, step)`; `tensors` is the table that is printed before the start."""
+
+  init: Callable[[Params], PyTree]
+  apply: Callable[..., Any]
+  tensors: tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Updated:
+  params: Params
+  opt_state: PyTree
+  metrics: dict[str, Array]
+
+
+def paths(tree: PyTree) -> list[str]:
+  """The "a/b/c" path of every leaf, in flattening order."""
+  return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def match_rules(params: Params, rules: tuple[Rule, ...], *, batch_size: int, examples: int) -> tuple[Tensor, ...]:
+  """The first matching rule of every parameter.
+
+  Raises:
+    UserError: a parameter that no rule matches, or a pattern that is not a regular expression.
+  """
+  table = []
+  for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
+    try:
+      rule = next((r for r in rules if re.search(r.pattern, path)), None)
+    except re.error as error:
+      raise UserError(f"config.optim.rules: not a regular expression: {error}") from None
+    if rule is None:
+      raise UserError(f"config.optim.rules: no rule matches the parameter '{path}' {tuple(leaf.shape)}; end with '.*'.")
+    until = rule.freeze_until.steps(batch_size=batch_size, examples=examples) if rule.freeze_until else 0
+    table.append(Tensor(path, tuple(leaf.shape), rule, until))
+  return tuple(table)
+
+
+def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, examples: int) -> Callable[[Array], Array]:
+  """The scheduled learning rate as a function of the step."""
+  factor = {"none": 1.0, "linear": batch_size / 256, "sqrt": batch_size**0.5}[config.lr_scale]
+  warmup = config.warmup.steps(batch_size=batch_size, examples=examples)
+  if config.schedule == "constant":
+    return lambda step: jnp.full((), config.lr * factor, jnp.float32)
+  if config.schedule == "warmup_cosine" and warmup >= total_steps * config.stretch:
+    raise UserError(f"config.optim.warmup={config.warmup}: {warmup} steps, but the schedule ends after {int(total_steps * config.stretch)}.")
+  return lambda step: schedules.warmup_cosine(
+    step + config.schedule_offset,
+    start=config.start_lr * factor,
+    peak=config.lr * factor,
+    final=config.final_lr * factor,
+    warmup=warmup if config.schedule == "warmup_cosine" else 0,
+    total=total_steps * config.stretch,
+  )
+
+
+def weight_decay(config: OptimConfig, *, total_steps: int) -> Callable[[Array], Array]:
+  """The scheduled weight decay as a function of the step."""
+  if config.weight_decay_final is None:
+    return lambda step: jnp.full((), config.weight_decay, jnp.float32)
+  return lambda step: schedules.cosine(
+    step + config.schedule_offset,
+    start=config.weight_decay,
+    final=config.weight_decay_final,
+    total=total_steps * config.stretch,
+  )
+
+
+def make_optimizer(
+  config: OptimConfig, *, params: Params, rules: tuple[Rule, ...], total_steps: int, batch_size: int, examples: int
+) -> Optimizer:
+  """Builds the optimizer for (abstract or real) `params`."""
+  tensors = match_rules(params, tuple(config.rules) + tuple(rules), batch_size=batch_size, examples=examples)
+  lr_curve = learning_rate(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
+  wd_curve = weight_decay(config, total_steps=total_steps)
+  update = {"adamw": _adamw, "sgd": _momentum, "lars": _momentum}[config.name]
+
+  def init(params: Params) -> PyTree:
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    if config.name == "adamw":
+      return {"mu": zeros(), "nu": zeros(), "count": jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)}
+    return {"momentum": zeros()}
+
+  def apply(params: Params, grads: Params, opt_state: PyTree, step: Array) -> Updated:
+    lr, wd = lr_curve(step), wd_curve(step)
+    grads = clip_gradients(grads, tensors, limit=config.clip, by=config.clip_by)
+    leaves, treedef = jax.tree.flatten(params)
+    grad_leaves = treedef.flatten_up_to(grads)
+    slots = {k: treedef.flatten_up_to(v) for k, v in opt_state.items()}
+    new_leaves, new_slots = [], {k: [] for k in slots}
+    for i, (tensor, p, g) in enumerate(zip(tensors, leaves, grad_leaves, strict=True)):
+      old = {k: v[i] for k, v in slots.items()}
+      if tensor.rule.lr_mult == 0:
+        new_p, new = p, old
+      else:
+        rates = _Rates(lr=lr * tensor.rule.lr_mult, decay=wd * tensor.rule.weight_decay)
+        new_p, new = update(config, tensor.rule, p, g.astype(p.dtype), old, rates)
+        if tensor.freeze_steps:
+          active = step >= tensor.freeze_steps
+          new_p, new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new_p, new), (p, old))
+      new_leaves.append(new_p)
+      for k in new_slots:
+        new_slots[k].append(new[k])
+    new_params = treedef.unflatten(new_leaves)
+    delta = jax.tree.map(lambda a, b: a - b, new_params, params)
+    metrics = {"lr": lr, "weight_decay": wd, "update_norm": optax.global_norm(delta)}
+    return Updated(new_params, {k: treedef.unflatten(v) for k, v in new_slots.items()}, metrics)
+
+  return Optimizer(init, apply, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rates:
+  lr: Array
+  decay: Array
+
+
+def _adamw(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
+  """Adam with decoupled weight decay (arXiv 1711.05101): p <- p - lr (m_hat / (sqrt(v_hat) + eps) + wd p)."""
+  del rule
+  count = old["count"] + 1
+  mu = config.b1 * old["mu"] + (1 - config.b1) * g
+  nu = config.b2 * old["nu"] + (1 - config.b2) * g * g
+  t = count.astype(jnp.float32)
+  m_hat = mu / (1 - config.b1**t)
+  v_hat = nu / (1 - config.b2**t)
+  p = p - rates.lr * (m_hat / (jnp.sqrt(v_hat) + config.eps) + rates.decay * p)
+  return p, {"mu": mu, "nu": nu, "count": count}
+
+
+def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
+  """SGD: v <- m v + g + wd p, p <- p - lr v.
+
+  LARS (arXiv 1708.03888), as SimCLR runs it: the gradient is scaled by trust |p| / |g + wd p| and the learning rate
+  sits inside the buffer, v <- m v + lr ratio (g + wd p), p <- p - v.
+  """
+  g = g + rates.decay * p
+  if config.name == "lars":
+    ratio = jnp.float32(1.0)
+    if rule.trust_ratio:
+      p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+      usable = (p_norm > 0) & (g_norm > 0)
+      ratio = jnp.where(usable, config.trust_coefficient * p_norm / jnp.where(usable, g_norm, 1.0), 1.0)
+    step = rates.lr * ratio * g
+    v = config.momentum * old["momentum"] + step
+    return p - (config.momentum * v + step if config.nesterov else v), {"momentum": v}
+  v = config.momentum * old["momentum"] + g
+  return p - rates.lr * (config.momentum * v + g if config.nesterov else v), {"momentum": v}
+
+
+def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, by: str) -> Params:
+  """Scales gradients to at most `limit`: by their one "global" norm, or each "tensor" by its own.
+
+  The coefficient is limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ has it. Tensors whose rule
+  says clip=False neither count in the global norm nor are scaled.
+  """
+  if not limit:
+    return grads
+  leaves, treedef = jax.tree.flatten(grads)
+  squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in leaves]
+  if by == "global":
+    total = sum((s for s, t in zip(squares, tensors, strict=True) if t.rule.clip), jnp.float32(0))
+    squares = [total] * len(leaves)
+  coefficients = [jnp.minimum(limit / (jnp.sqrt(s) + 1e-6), 1.0) for s in squares]
+  clipped = [g * c if t.rule.clip else g for g, c, t in zip(leaves, coefficients, tensors, strict=True)]
+  return treedef.unflatten(clipped)
+
+
+def parameter_table(tensors: tuple[Tensor, ...]) -> str:
+  """Shape, learning-rate factor, decay factor, freezing of every tensor, as text; recipes are compared by it."""
+  lines = [f"{'parameter':<64} {'shape':<20} {'lr':>5} {'decay':>6} {'clip':>5} {'frozen until':>13}"]
+  for t in tensors:
+    frozen = "always" if t.rule.lr_mult == 0 else str(t.freeze_steps) if t.freeze_steps else "-"
+    lines.append(f"{t.path:<64} {str(t.shape):<20} {t.rule.lr_mult:>5g} {t.rule.weight_decay:>6g} {str(t.rule.clip):>5} {frozen:>13}")
+  lines.append(f"total {sum(int(np.prod(t.shape)) for t in tensors):,} parameters in {len(tensors)} tensors")
+  return "\n".join(lines)

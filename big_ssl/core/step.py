@@ -1,0 +1,137 @@
+"""The training step: views are cut and augmented, the loss differentiated, the update applied; one jitted function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from big_ssl.augment import apply as augment
+from big_ssl.augment import resample
+from big_ssl.core.method import Inputs, Method, as_streams
+from big_ssl.core.optim import Optimizer
+from big_ssl.core.types import Array, Metrics, PyTree, TrainState, UserError
+
+
+def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: Array) -> dict[str, Array]:
+  """One stream's raw batch (canvas or resident images, boxes, flips) to augmented views.
+
+  Args:
+    inputs: the stream's views.
+    raw: as `data.pipeline.Pipeline` yields it, B rows.
+    resident: uint8 [N, H, W, C] images that live on the device, or None.
+    key: augmentation key of this step.
+
+  Returns:
+    {view.name: [B, count, h, w, C] float32, view.name + "_box": [B, count, 4], "index": [B], other keys}.
+  """
+  names = {v.name for v in inputs.views}
+  batch = {k: v for k, v in raw.items() if k.split("/")[0] not in names and k not in ("canvas", "size")}
+  canvas = raw.get("canvas")
+  if canvas is None and resident is not None:
+    canvas = jnp.take(resident, raw["index"], axis=0)
+  cut = {}
+  for view in inputs.views:
+    pixels = raw.get(f"{view.name}/pixels")
+    if pixels is not None:
+      cut[view.name] = pixels.astype(jnp.float32) / jnp.iinfo(pixels.dtype).max
+    else:
+      boxes, flips = raw[f"{view.name}/box"], raw[f"{view.name}/flip"]
+      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, interpolation=view.interpolation)
+    if view.return_box:
+      batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], raw.get("size"), canvas)
+  rows = jnp.arange(raw["index"].shape[0])
+  return batch | augment.augment_views(inputs.views, cut, key, row=rows)
+
+
+def _normalized(box: Array, size: Array | None, canvas: Array | None) -> Array:
+  """Pixel boxes y0, x0, h, w [B, V, 4] to y0, x0, y1, x1 as shares of the image's height and width."""
+  height_width = size.astype(jnp.float32) if size is not None else jnp.full((box.shape[0], 2), jnp.array(canvas.shape[1:3], jnp.float32))
+  scale = jnp.concatenate([height_width, height_width], axis=-1)[:, None]
+  start, extent = box[..., :2], box[..., 2:]
+  return jnp.concatenate([start, start + extent], axis=-1) / scale
+
+
+def prepare_streams(method: Method, raw: dict[str, Any], resident: dict[str, Array | None], key: Array) -> dict[str, Any]:
+  """All streams of a method; a single stream is not nested."""
+  streams = as_streams(method.inputs())
+  batches = {
+    name: prepare(inputs, raw[name], resident.get(name), jax.random.fold_in(key, i))
+    for i, (name, inputs) in enumerate(streams.items())
+  }
+  return batches[""] if set(batches) == {""} else batches
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+  grads: PyTree
+  extra: PyTree
+  metrics: Metrics
+
+
+def _gradients(method: Method, state: TrainState, batch: PyTree, key: Array, accumulate: int) -> _Gradients:
+  loss_fn = jax.value_and_grad(method.loss, has_aux=True)
+  if accumulate == 1:
+    (loss, (extra, metrics)), grads = loss_fn(state.params, state.extra, batch, key, state.step)
+    return _Gradients(grads, extra, metrics | {"loss": loss})
+  # Strided microbatches: each takes its rows from every device, so that nothing moves between devices.
+  split = jax.tree.map(lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+  def body(carry, item):
+    grads, extra = carry
+    micro, micro_key = item
+    (loss, (extra, metrics)), new = loss_fn(state.params, extra, micro, micro_key, state.step)
+    return (jax.tree.map(jnp.add, grads, new), extra), metrics | {"loss": loss}
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  (grads, extra), metrics = jax.lax.scan(body, (zeros, state.extra), (split, jax.random.split(key, accumulate)))
+  return _Gradients(jax.tree.map(lambda g: g / accumulate, grads), extra, jax.tree.map(jnp.mean, metrics))
+
+
+def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: int = 1) -> Callable:
+  """Returns `step(state, raw, resident) -> (state, metrics)`, to be jitted with the state donated.
+
+  A step whose loss or gradients are not finite changes nothing but the clock: `metrics["skipped"]` is 1, and
+  `metrics["nonfinite"]` is the index of the first non-finite gradient tensor (-1: none).
+
+  Raises:
+    UserError: accumulation asked of a method whose loss does not allow it.
+  """
+  if accumulate > 1 and not method.supports_accumulation:
+    raise UserError(f"config.optim.accumulate={accumulate}: {type(method).__name__} does not allow it: {method.accumulation_reason}.")
+
+  def step(state: TrainState, raw: dict, resident: dict) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key_augment, key_loss = jax.random.split(key)
+    batch = prepare_streams(method, raw, resident, key_augment)
+    out = _gradients(method, state, batch, key_loss, accumulate)
+    updated = optimizer.apply(state.params, out.grads, state.opt_state, state.step)
+    extra = method.post_update(updated.params, out.extra, state.step)
+
+    bad = jnp.stack([~jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(out.grads)])
+    finite = jnp.isfinite(out.metrics["loss"]) & ~jnp.any(bad)
+    new = TrainState(step=state.step, params=updated.params, opt_state=updated.opt_state, extra=extra)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics = out.metrics | updated.metrics
+    metrics["grad_norm"] = optax.global_norm(out.grads)
+    metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+    metrics["nonfinite"] = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.float32)
+    return new.replace(step=state.step + 1), metrics
+
+  return step
+
+
+def make_features(method: Method) -> Callable:
+  """Returns `features(params, extra, raw, resident) -> {"pooled": [B, D], "pixels": [B, h*w*C], ...}` for evaluation."""
+  inputs = Inputs(views=(method.eval_view(),))
+
+  def features(params: PyTree, extra: PyTree, raw: dict[str, Array], resident: Array | None) -> dict[str, Array]:
+    batch = prepare(inputs, raw, resident, jax.random.key(0))
+    out = method.features(params, extra, batch)
+    return out | {"pixels": batch["image"].reshape(batch["image"].shape[0], -1)}
+
+  return features

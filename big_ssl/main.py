@@ -1,0 +1,155 @@
+"""`python -m big_ssl.main --config=configs/msn.py`: flags -> config -> dataclasses -> mode."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+DESCRIPTION = """Self-supervised vision in JAX: every system on one engine.
+
+Any config key is a flag: --config.optim.lr=3e-4 --config.total=40steps
+Exit codes: 0 done; 2 bad config or input; 3 stopped by a signal after saving (run again to continue); 4 training failed."""
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """The flags, and the `--config.a.b=value` overrides as {"a.b": "value"}."""
+  parser = argparse.ArgumentParser(
+    prog="big_ssl.main", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument("--config", required=True, help="config file, with an optional argument: configs/msn.py:cifar10")
+  parser.add_argument("--workdir", default="", help="where the run is written; default runs/<config>")
+  parser.add_argument("--mode", default="train", choices=("train", "eval", "extract", "check"), help="check prints the plan and stops")
+  parser.add_argument("--data", default="", help="folder, tar or glob of tars, .npz, TFRecord glob, tfds:name, or sprites")
+  parser.add_argument("--data_dir", default="", help="root of prepared TFDS data sets")
+  parser.add_argument("--step", type=int, default=None, help="with eval and extract: the checkpoint to read; default the newest")
+  parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, or auto on a cluster")
+  parser.add_argument("--num_processes", type=int, default=1)
+  parser.add_argument("--process_id", type=int, default=0)
+  parser.add_argument("--start_timeout", type=int, default=120, help="seconds to wait for the other processes")
+  overrides, rest, items = {}, [], iter(argv)
+  for item in items:
+    if item.startswith("--config."):
+      key, equals, value = item[len("--config.") :].partition("=")
+      if not equals:
+        value = next(items, None)
+        if value is None:
+          parser.error(f"{item}: a value is missing")
+      overrides[key] = value
+    else:
+      rest.append(item)
+  return parser.parse_args(rest), overrides
+
+
+def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+  """Imports what the mode needs and runs it."""
+  import jax
+
+  from big_ssl.core import config as config_lib
+  from big_ssl.core import sharding
+  from big_ssl.core.types import UserError
+
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/big_ssl/jax"))
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if args.data:
+    overrides = {"data.source": args.data} | overrides
+  if args.data_dir:
+    overrides = {"data.dir": args.data_dir} | overrides
+  config, tree = config_lib.load(args.config, overrides)
+  if args.coordinator:
+    sharding.start_processes(
+      args.coordinator, num_processes=args.num_processes, process_id=args.process_id, timeout_s=args.start_timeout
+    )
+    sharding.check_topology(json.dumps(tree, sort_keys=True, default=str))
+
+  from big_ssl import setup
+
+  run = setup.make_run(config, flags=args.config)
+  if args.mode == "check":
+    print(run.describe())
+    return 0
+  workdir = pathlib.Path(args.workdir or f"runs/{_run_name(args)}")
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      (workdir / "config.json").write_text(json.dumps(tree, indent=2, default=str) + "\n")
+  except OSError as error:
+    raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}.") from None
+  return _train(run, workdir) if args.mode == "train" else _read(run, workdir, args)
+
+
+def _run_name(args: argparse.Namespace) -> str:
+  file, _, argument = args.config.partition(":")
+  data = "".join(c if c.isalnum() else "_" for c in args.data).strip("_")
+  return "-".join(part for part in (pathlib.Path(file).stem, argument, data) if part)
+
+
+def _make_logger(run, workdir: pathlib.Path):
+  import jax
+
+  from big_ssl.core.logger import Logger
+
+  return Logger(
+    workdir,
+    total_steps=run.total_steps,
+    examples_per_epoch=run.examples,
+    batch_size=run.config.batch_size,
+    write=jax.process_index() == 0,
+    terminal=None,
+  )
+
+
+def _train(run, workdir: pathlib.Path) -> int:
+  from big_ssl import train
+
+  logger = _make_logger(run, workdir)
+  try:
+    logger.notice(run.describe())
+    logger.notice(f"work directory {workdir}")
+    code = train.train(run, workdir, logger)
+    logger.notice(logger.summary())
+    return code
+  finally:
+    logger.close()
+
+
+def _read(run, workdir: pathlib.Path, args: argparse.Namespace) -> int:
+  from big_ssl import evaluate
+  from big_ssl.core.checkpoint import Checkpointer
+  from big_ssl.core.types import UserError
+
+  logger = _make_logger(run, workdir)
+  try:
+    checkpointer = Checkpointer(workdir)
+    restored = checkpointer.restore(run.abstract_state, step=args.step, warn=logger.warning)
+    if restored is None:
+      raise UserError(f"--workdir={workdir}: no checkpoint in it to {args.mode}.")
+    state = restored[0]
+    extract = evaluate.Extractor(run)
+    if args.mode == "eval":
+      evaluate.evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=int(state.step))
+    else:
+      for file in evaluate.extract_to(workdir, run, extract, state):
+        logger.notice(f"wrote {file}")
+    checkpointer.close()
+    return 0
+  finally:
+    logger.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+  args, overrides = parse(sys.argv[1:] if argv is None else argv)
+  from big_ssl.core.types import UserError
+
+  try:
+    return run_mode(args, overrides)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

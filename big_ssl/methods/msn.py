@@ -1,0 +1,234 @@
+"""Masked Siamese Networks for label-efficient learning (arXiv 2204.07141).
+
+An anchor encoder sees a view with patches dropped, and small focal crops; an EMA target encoder sees another full view.
+Both are softly assigned to K prototypes q by cosine (section 3):
+
+  p_i = softmax(z_i . q / tau)          anchors, i = 1 ... M B
+  p+  = sharpen(softmax(h . q / tau), T)  targets, no gradient; Sinkhorn on top where asked
+  loss = 1/(M B) sum_i H(p+, p_i) + lambda (log K - H(pbar)),   pbar = mean_i p_i          (eq. 1)
+
+Facts where paper and public code differ follow the code: batch normalisation after the two hidden layers of the head
+only; anchors of the two sizes and targets are separate BN batches; targets are augmented as anchors are. BN statistics,
+Sinkhorn and me-max are over the global batch, and one mask serves the whole global batch (the reference: one per device).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from big_ssl.augment import masking
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.core import health
+from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.losses import distill
+from big_ssl.models.encoder import Encoder, encode
+from big_ssl.models.heads import ProjectionHead
+from big_ssl.ops.ema import ema
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MSN(Method):
+  """Masked Siamese Networks; defaults are the released ViT-S/16 recipe.
+
+  Attributes:
+    num_prototypes: K.
+    output_dim, hidden_dim: of the projection head, d -> hidden -> hidden -> output.
+    temperature: tau.
+    sharpen, sharpen_final: T, linear over the stretched schedule.
+    sinkhorn, sinkhorn_iterations: balance the sharpened targets over the global batch.
+    memax_weight: lambda; 1 with Sinkhorn, 5 without (paper, footnote 1).
+    entropy_weight: weight of the mean entropy of the anchors (0 in every recipe).
+    label_smoothing: s of the prototype labels.
+    momentum, momentum_final: of the target, linear over the stretched schedule.
+    stretch: schedules are laid over stretch * total steps, so that training ends at 80 % of them.
+    patch_drop: share of the patches dropped from the random views; focal views keep all.
+    mask_per_image: an own mask per image instead of one for the batch.
+    rand_views, focal_views, rand_size, focal_size, rand_scale, focal_scale: the anchors; the target is one more random view.
+    color_strength, blur, gray: strength of the jitter, probabilities of blur and grayscale.
+    mean, std: pixel normalisation.
+    eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
+  """
+
+  num_prototypes: int = 1024
+  output_dim: int = 256
+  hidden_dim: int = 2048
+  temperature: float = 0.1
+  sharpen: float = 0.25
+  sharpen_final: float = 0.25
+  sinkhorn: bool = True
+  sinkhorn_iterations: int = 3
+  memax_weight: float = 1.0
+  entropy_weight: float = 0.0
+  label_smoothing: float = 0.0
+  momentum: float = 0.996
+  momentum_final: float = 1.0
+  stretch: float = 1.25
+  patch_drop: float = 0.15
+  mask_per_image: bool = False
+  rand_views: int = 1
+  focal_views: int = 10
+  rand_size: int = 224
+  focal_size: int = 96
+  rand_scale: tuple[float, float] = (0.3, 1.0)
+  focal_scale: tuple[float, float] = (0.05, 0.3)
+  color_strength: float = 0.5
+  blur: float = 0.5
+  gray: float = 0.2
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  eval_fraction: float = 224 / 256
+
+  accumulation_reason = "me-max, Sinkhorn and batch normalisation need the whole batch"
+
+  def __post_init__(self):
+    if self.num_prototypes < 2:
+      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: at least 2 are needed.")
+    if not 0 <= self.patch_drop < 1:
+      raise UserError(f"config.method.patch_drop={self.patch_drop}: expected a share in [0, 1).")
+    if self.rand_views + self.focal_views < 1:
+      raise UserError("config.method.rand_views=0 and focal_views=0: at least one anchor view is needed.")
+    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
+      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values.")
+    patch = getattr(self.model, "patch", None)
+    for name in ("rand_size", "focal_size"):
+      if patch and getattr(self, name) % patch:
+        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+
+  # 1. Views
+
+  def inputs(self) -> Inputs:
+    s = self.color_strength
+    augment = (
+      ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+      Grayscale(p=self.gray),
+      GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
+      Normalize(mean=self.mean, std=self.std),
+    )
+    view = lambda name, size, count, scale: View(name=name, size=size, count=count, scale=scale, augment=augment)  # noqa: E731
+    views = (
+      view("target", self.rand_size, 1, self.rand_scale),
+      view("rand", self.rand_size, self.rand_views, self.rand_scale),
+      view("focal", self.focal_size, self.focal_views, self.focal_scale),
+    )
+    return Inputs(views=tuple(v for v in views if v.count))
+
+  def eval_view(self) -> View:
+    normalize = (Normalize(mean=self.mean, std=self.std),)
+    return View(name="image", size=self.rand_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+
+  # 2. Networks
+
+  @property
+  def encoder(self) -> Encoder:
+    return Encoder(backbone=self.model, head=ProjectionHead(hidden=(self.hidden_dim,) * 2, output=self.output_dim, activation="gelu"))
+
+  @property
+  def target_encoder(self) -> Encoder:
+    """The same tree without stochastic depth."""
+    return self.encoder.clone(backbone=self.model.clone(drop_path=0.0)) if getattr(self.model, "drop_path", 0) else self.encoder
+
+  def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
+    rng_encoder, rng_prototypes = jax.random.split(rng)
+    variables = self.encoder.init(rng_encoder, batch["target"][:, 0], train=False)
+    bound = self.output_dim**-0.5
+    prototypes = jax.random.uniform(rng_prototypes, (self.num_prototypes, self.output_dim), minval=-bound, maxval=bound)
+    params = {"encoder": variables["params"], "prototypes": prototypes}
+    stats = variables.get("batch_stats", {})
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+    return params, {"teacher": copy(variables["params"]), "batch_stats": stats, "teacher_batch_stats": copy(stats)}
+
+  # 3. Loss
+
+  def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
+    # 3.1 Anchors, each resolution its own batch: z [M*B, D], view-major.
+    stats, anchors = extra["batch_stats"], []
+    rng_mask, rng_rand, rng_focal = jax.random.split(rng, 3)
+    if self.rand_views:
+      images = view_major(batch["rand"])  # [R*B, H, W, C]
+      keep = self.keep_patches(rng_mask, images)
+      z, stats = self._project(params["encoder"], stats, images, rng_rand, keep)
+      anchors.append(z)
+    if self.focal_views:
+      z, stats = self._project(params["encoder"], stats, view_major(batch["focal"]), rng_focal, None)
+      anchors.append(z)
+    z = jnp.concatenate(anchors)
+
+    # 3.2 Targets: the EMA encoder in train mode, so that its BN uses this batch.
+    target = encode(self.target_encoder, extra["teacher"], extra["teacher_batch_stats"], batch["target"][:, 0], train=True)
+    h = jax.lax.stop_gradient(target.out["projection"])  # [B, D]
+
+    # 3.3 Assignments and their cross-entropy, and me-max.
+    out = distill.msn_loss(
+      z,
+      h,
+      params["prototypes"],
+      num_views=self.rand_views + self.focal_views,
+      temperature=self.temperature,
+      sharpen=self.sharpening(step),
+      sinkhorn=self.sinkhorn,
+      sinkhorn_iterations=self.sinkhorn_iterations,
+      memax_weight=self.memax_weight,
+      entropy_weight=self.entropy_weight,
+      label_smoothing=self.label_smoothing,
+    )
+    metrics = {"ce": out.ce, "memax": out.memax, "entropy": out.entropy, "max_target": out.max_target, "distinct_targets": out.distinct_targets}
+    metrics |= health.distribution(out.targets, name="target") | health.distribution(out.probabilities, name="prediction")
+    metrics |= health.embedding(z) | {"agreement": health.agreement(z[: h.shape[0]], h), "sharpen": self.sharpening(step)}
+    extra = extra | {"batch_stats": stats, "teacher_batch_stats": target.batch_stats}
+    return out.total, (extra, jax.lax.stop_gradient(metrics))
+
+  def _project(self, params: Params, stats: Extra, images: Array, rng: Array, keep: Array | None) -> tuple[Array, Extra]:
+    kwargs = {} if keep is None else {"keep": keep}
+    encoded = encode(self.encoder, params, stats, images, train=True, rng=rng, **kwargs)
+    return encoded.out["projection"], encoded.batch_stats
+
+  def keep_patches(self, rng: Array, images: Array) -> Array | None:
+    """Indices of the kept patches: [K] for the batch, or [N, K] with `mask_per_image`; None keeps all."""
+    if self.patch_drop == 0:
+      return None
+    patch = getattr(self.model, "patch", None)
+    if patch is None:
+      raise UserError(f"config.method.patch_drop={self.patch_drop}: {type(self.model).__name__} has no patches to drop; use 0.")
+    tokens = (images.shape[1] // patch) * (images.shape[2] // patch)
+    return masking.keep_indices(rng, tokens=tokens, ratio=self.patch_drop, batch=images.shape[0] if self.mask_per_image else None)
+
+  # 4. Schedules and the target's update
+
+  def progress(self, step: Array) -> Array:
+    return jnp.asarray(step, jnp.float32) / (self.stretch * self.total_steps)
+
+  def sharpening(self, step: Array) -> Array:
+    return self.sharpen + (self.sharpen_final - self.sharpen) * self.progress(step)
+
+  def ema_momentum(self, step: Array) -> Array:
+    return self.momentum + (self.momentum_final - self.momentum) * self.progress(step)
+
+  def post_update(self, params: Params, extra: Extra, step: Array) -> Extra:
+    return extra | {"teacher": ema(extra["teacher"], params["encoder"], self.ema_momentum(step))}
+
+  # 5. Evaluation
+
+  def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
+    """The target's trunk: "pooled" is the CLS of the last block WITHOUT the final norm, as the paper's probes read it."""
+    del params
+    encoded = encode(self.target_encoder, extra["teacher"], extra["teacher_batch_stats"], batch["image"][:, 0], train=False)
+    out = encoded.out
+    pooled = out["cls_layers"][:, -1] if "cls_layers" in out else out["pooled"]
+    return {"pooled": pooled, "normed": out["pooled"], "projection": out["projection"]}
+
+  def param_rules(self) -> tuple[Rule, ...]:
+    """CLS and positions ARE decayed, biases and norms are not; prototypes have no decay and stay out of the clipping."""
+    return (
+      Rule(pattern=r"^prototypes$", weight_decay=0.0, clip=False),
+      Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False),
+      Rule(pattern=r".*"),
+    )
+
+
+def view_major(views: Array) -> Array:
+  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1."""
+  return jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:])

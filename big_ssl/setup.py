@@ -1,0 +1,235 @@
+"""Everything a run is made of, from its config: data, method, mesh, optimizer, jitted step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from big_ssl import __version__
+from big_ssl.core import config as config_lib
+from big_ssl.core import sharding
+from big_ssl.core.config import Config
+from big_ssl.core.method import Method, as_streams
+from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
+from big_ssl.core.step import make_step, prepare_streams
+from big_ssl.core.types import PyTree, TrainState, UserError
+from big_ssl.data import source as source_lib
+from big_ssl.data.pipeline import Pipeline
+from big_ssl.data.source import DataSource
+from big_ssl.evals.base import Evaluator
+from big_ssl.models.layers import Backbone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A configured run; holds no state of training."""
+
+  config: Config
+  method: Method
+  mesh: Mesh
+  sources: dict[str, DataSource]  # "train", "eval"
+  pipelines: dict[str, Pipeline]  # per stream of the method
+  evaluators: dict[str, Evaluator]
+  optimizer: Optimizer
+  total_steps: int
+  examples: int
+  abstract_state: TrainState  # with shardings
+  flags: str  # of the start, for messages
+
+  def steps(self, interval: Any) -> int:
+    return interval.steps(batch_size=self.config.batch_size, examples=self.examples)
+
+  def initial_state(self) -> TrainState:
+    """A fresh state, a function of the seed alone, placed on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    with jax.set_mesh(self.mesh):
+      return jax.jit(functools.partial(_init_state, self.method, self.optimizer, self.batch_shapes()), out_shardings=shardings)(
+        jax.random.key(self.config.seed)
+      )
+
+  def batch_shapes(self) -> PyTree:
+    """Shapes of an augmented batch of two images, from which parameters are shaped."""
+    return _batch_shapes(self.method, self.pipelines)
+
+  @functools.cached_property
+  def resident(self) -> dict[str, Any]:
+    """Images of in-memory sources, on the devices, per stream; empty where images come with the batch."""
+    cache: dict[int, Any] = {}
+    for pipeline in self.pipelines.values():
+      if pipeline.resident is not None and id(pipeline.resident) not in cache:
+        cache[id(pipeline.resident)] = sharding.replicate(self.mesh, pipeline.resident)
+    return {name: cache[id(p.resident)] for name, p in self.pipelines.items() if p.resident is not None}
+
+  def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Raw global batches of the steps start ... stop - 1."""
+    iterators = {name: p.iterate(start, stop) for name, p in self.pipelines.items()}
+    while True:
+      raw = {}
+      for name, iterator in iterators.items():
+        item = next(iterator, None)
+        if item is None:
+          return
+        raw[name] = item[1]
+      yield sharding.make_global(self.mesh, raw)
+
+  def jit_step(self) -> Any:
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    step = make_step(self.method, self.optimizer, seed=self.config.seed, accumulate=self.config.optim.accumulate)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+  def describe(self) -> str:
+    """Parameter table, bytes per device and the course of the run."""
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    total = sharding.bytes_per_device(self.abstract_state, shardings)
+    mesh = " ".join(f"{k}:{v}" for k, v in self.mesh.shape.items())
+    lines = [
+      parameter_table(self.optimizer.tensors),
+      f"state {total / 2**20:,.1f} MiB per device (parameters, optimizer, teacher and the rest), mesh {mesh} on {jax.devices()[0].device_kind}",
+      f"{self.total_steps:,} steps of {self.config.batch_size} images, {self.examples:,} images in {self.sources['train'].describe()['name']}",
+    ]
+    return "\n".join(lines)
+
+  def meta(self) -> dict[str, Any]:
+    """The record beside a checkpoint: what must not change when the run goes on."""
+    return {
+      "version": __version__,
+      "seed": self.config.seed,
+      "batch_size": self.config.batch_size,
+      "method": self.config.method["name"],
+      "data": self.sources["train"].describe(),
+    }
+
+  def check_meta(self, saved: dict[str, Any], *, where: str) -> None:
+    """Raises `UserError` naming what differs between the record of a checkpoint and this run."""
+    mine = json.loads(json.dumps(self.meta()))
+    for key in ("seed", "batch_size", "method", "data"):
+      if saved[key] != mine[key]:
+        raise UserError(
+          f"{where}: made with {key}={saved[key]}, this run has {key}={mine[key]}; the order of the data would change."
+          " Restore it, or start anew with another --workdir."
+        )
+
+
+def _init_state(method: Method, optimizer: Optimizer, shapes: PyTree, key: Any) -> TrainState:
+  params, extra = _init(method, shapes, key)
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), extra=extra)
+
+
+def _init(method: Method, shapes: PyTree, key: Any) -> Any:
+  return method.init(key, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+
+def _batch_shapes(method: Method, pipelines: dict[str, Pipeline]) -> PyTree:
+  raw = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), p.spec()) for name, p in pipelines.items()}
+  resident = {n: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype) for n, p in pipelines.items() if p.resident is not None}
+  return jax.eval_shape(lambda r, i: prepare_streams(method, r, i, jax.random.key(0)), raw, resident)
+
+
+def make_method(config: Config, *, total_steps: int = 1, steps_per_epoch: float = 1.0, channels: int = 3, num_classes: int = 0) -> Method:
+  """The method with its backbone, built and checked."""
+  model = config_lib.build_named("models", config.model, Backbone, path="config.model")
+  if hasattr(model, "channels") and "channels" not in config.model:
+    model = model.clone(channels=channels)
+  return config_lib.build_named(
+    "methods",
+    config.method,
+    Method,
+    path="config.method",
+    model=model,
+    total_steps=total_steps,
+    steps_per_epoch=steps_per_epoch,
+    image_channels=channels,
+    num_classes=num_classes,
+  )
+
+
+def make_run(config: Config, *, flags: str = "") -> Run:
+  """Opens the data, builds every part and checks that they fit, before anything is computed."""
+  mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
+  if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
+    raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
+  make_method(config)  # config errors before any data is opened
+  evaluators = {
+    name: config_lib.build_named("evals", {"name": name} | dict(fields), Evaluator, path=f"config.evals.{name}")
+    for name, fields in config.evals.items()
+  }
+  sources = source_lib.open_splits(
+    config.data.source,
+    split=config.data.split,
+    eval_split=config.data.eval_split,
+    data_dir=config.data.dir,
+    seed=config.seed,
+    train_examples=config.data.train_examples,
+    eval_examples=config.data.eval_examples,
+    image_size=config.data.image_size,
+  )
+  train = sources["train"]
+  examples = len(train)
+  total_steps = config.total.steps(batch_size=config.batch_size, examples=examples)
+  if total_steps < 1:
+    raise UserError(f"config.total={config.total}: nothing to train.")
+  num_classes = int(np.max(train.labels)) + 1 if train.labels is not None and len(train.labels) else 0
+  method = make_method(
+    config,
+    total_steps=total_steps,
+    steps_per_epoch=examples / config.batch_size,
+    channels=train.channels,
+    num_classes=num_classes,
+  )
+  pipelines = {
+    name: make_pipeline(config, sources[inputs.source], inputs, mesh=mesh, stream=name) for name, inputs in as_streams(method.inputs()).items()
+  }
+  params, _ = jax.eval_shape(functools.partial(_init, method, _batch_shapes(method, pipelines)), jax.random.key(0))
+  optimizer = make_optimizer(
+    config.optim,
+    params=params,
+    rules=method.param_rules(),
+    total_steps=total_steps,
+    batch_size=config.batch_size,
+    examples=examples,
+  )
+  abstract = jax.eval_shape(functools.partial(_init_state, method, optimizer, _batch_shapes(method, pipelines)), jax.random.key(0))
+  shardings = sharding.state_shardings(mesh, abstract, config.mesh)
+  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+  return Run(
+    config=config,
+    method=method,
+    mesh=mesh,
+    sources=sources,
+    pipelines=pipelines,
+    evaluators=evaluators,
+    optimizer=optimizer,
+    total_steps=total_steps,
+    examples=examples,
+    abstract_state=abstract,
+    flags=flags,
+  )
+
+
+def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh, stream: str = "", batch_size: int = 0) -> Pipeline:
+  """A pipeline over this process's rows of the global batch."""
+  size = batch_size or config.batch_size
+  largest = max(max(v.shape) for v in inputs.views)
+  crop = config.data.crop
+  if crop == "auto":
+    crop = "host" if jax.default_backend() == "cpu" else "device"
+  return Pipeline(
+    source,
+    inputs,
+    stream=stream,
+    batch_size=size,
+    seed=config.seed,
+    rows=sharding.local_rows(mesh, size),
+    canvas=config.data.canvas or int(-(-2.3 * largest // 32) * 32),
+    crop=crop,
+    threads=config.data.threads,
+    prefetch=config.data.prefetch,
+  )

@@ -1,0 +1,162 @@
+"""THE training loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pathlib
+import signal
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from big_ssl.core import checkpoint as checkpoint_lib
+from big_ssl.core import health
+from big_ssl.core.checkpoint import Checkpointer
+from big_ssl.core.logger import Logger, peak_flops
+from big_ssl.core.types import TrainState, UserError
+from big_ssl.evaluate import Extractor, evaluate
+from big_ssl.setup import Run
+
+DONE, STOPPED, FAILED = 0, 3, 4
+_MAX_SKIPPED_LOGS = 3  # so many log lines in a row with a skipped step end the run
+
+
+class StopRequest:
+  """Remembers SIGTERM and Ctrl-C until the step is finished; a second Ctrl-C ends at once."""
+
+  def __init__(self):
+    self.signal: str | None = None
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, self._remember)
+
+  def _remember(self, number: int, frame: Any) -> None:
+    del frame
+    if self.signal == "SIGINT" and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.signal = signal.Signals(number).name
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop after `step`; all processes agree on the step."""
+    if jax.process_count() > 1:
+      flags = multihost_utils.process_allgather(np.int32(self.signal is not None)) if step % 8 == 0 else np.zeros(1)
+      return bool(np.max(flags))
+    return self.signal is not None
+
+
+def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainState:
+  """The newest checkpoint, or a fresh state whose first save and restore are exercised before step 1."""
+  with logger.timer("checkpoint"):
+    restored = checkpointer.restore(run.abstract_state, warn=logger.warning)
+  if restored is not None:
+    state, meta = restored
+    run.check_meta(meta, where=str(checkpointer.directory / str(int(state.step))))
+    logger.notice(f"resumed from step {int(state.step)} of {run.total_steps}")
+    return state
+  state = run.initial_state()
+  with logger.timer("checkpoint"):
+    checkpointer.save(state, meta=run.meta())
+    checkpointer.wait()
+    again = checkpointer.restore(run.abstract_state, warn=logger.warning)
+    if again is None or (jax.process_count() == 1 and not checkpoint_lib.equal(again[0], state)):
+      raise UserError(f"{checkpointer.directory}: the first checkpoint does not read back as it was written.")
+  return state
+
+
+def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) -> health.Verdict:
+  """The health verdict on one line of metrics; a change of state is a warning in the log."""
+  if metrics["skipped"]:
+    index = int(metrics["nonfinite"])
+    tensor = run.optimizer.tensors[index].path if index >= 0 else "the loss"
+    logger.warning(f"step skipped: not finite, first in {tensor}")
+  verdict = health.judge(metrics, thresholds=run.config.health)
+  if verdict.state != previous and verdict.state != "healthy":
+    logger.warning(f"health: {verdict.state}: {verdict.message} {verdict.hint}")
+  return verdict
+
+
+def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
+  """Trains to the end, to a signal or to a failure; returns the exit code."""
+  config, total = run.config, run.total_steps
+  log_every, save_every = run.steps(config.log_every), run.steps(config.checkpoint.every)
+  keep_every = run.steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
+  eval_every = {name: run.steps(e.every) if e.every else total for name, e in run.evaluators.items()}
+  stop, extract = StopRequest(), Extractor(run)
+  checkpointer = Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=keep_every)
+  state = start_state(run, checkpointer, logger)
+  start = int(state.step)
+  logger.resume(start)
+
+  batches = run.batches(start, total)
+  if start < total:
+    with logger.timer("data"):
+      first = next(batches)
+      resident = run.resident
+    with logger.timer("compile"), jax.set_mesh(run.mesh):
+      step_fn = run.jit_step().lower(state, first, resident).compile()
+    batches = itertools.chain([first], batches)
+    logger.flops(_flops(step_fn), peak_flops(jax.devices()[0].device_kind))
+
+  metrics, verdict_state, skipped_logs, saved = None, "", 0, start
+  for step in range(start, total):
+    with logger.timer("data"):
+      raw = next(batches)
+    with logger.timer("step"), jax.transfer_guard("disallow"):
+      jax.block_until_ready(metrics)  # one step in flight, no more
+      state, metrics = step_fn(state, raw, resident)
+    done = step + 1
+
+    if done % log_every == 0 or done == total:
+      with logger.timer("step"):
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      verdict = judge(run, logger, values, verdict_state)
+      verdict_state = verdict.state
+      logger.log(done, values | {"health": verdict.state})
+      skipped_logs = skipped_logs + 1 if values["skipped"] else 0
+      collapsed = verdict.state == "collapsed" and config.health.stop_on_collapse
+      if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed or not math.isfinite(values["grad_norm"]) and skipped_logs >= _MAX_SKIPPED_LOGS:
+        with logger.timer("checkpoint"):
+          checkpointer.close()
+        logger.warning(f"training failed at step {done}: {verdict.message} {verdict.hint} Last good checkpoint: step {saved}.")
+        return FAILED
+
+    stopping = stop.reached(done)
+    if done % save_every == 0 or done == total or stopping:
+      with logger.timer("checkpoint"):
+        checkpointer.save(state, meta=run.meta())
+        saved = done
+    if stopping and done < total:
+      with logger.timer("checkpoint"):
+        checkpointer.close()
+      logger.notice(f"stopped by {stop.signal or 'another process'} after saving step {done}; run the same command to continue")
+      return STOPPED
+
+    due = [name for name, every in eval_every.items() if done % every == 0 or done == total]
+    if due:
+      with logger.timer("eval"):
+        evaluate(run, extract, state, names=due, logger=logger, step=done)
+
+  if start >= total:
+    logger.notice(f"already trained for {total} steps; evaluating")
+    with logger.timer("eval"):
+      evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=total)
+  with logger.timer("checkpoint"):
+    checkpointer.close()
+  for name, reason in run.sources["train"].problems:
+    logger.notice(f"skipped image {name}: {reason}")
+  return DONE
+
+
+def _flops(compiled: Any) -> float | None:
+  try:
+    analysis = compiled.cost_analysis()
+  except (NotImplementedError, RuntimeError):  # not every backend has it
+    return None
+  analysis = analysis[0] if isinstance(analysis, (list, tuple)) else analysis
+  return float(analysis["flops"]) if analysis and "flops" in analysis else None
+
+
