@@ -67,7 +67,7 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
   from big_ssl import setup
 
-  run = setup.make_run(config, flags=args.config)
+  run = setup.make_run(config)
   if args.mode == "check":
     print(run.describe())
     return 0

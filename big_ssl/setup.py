@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,6 @@ class Run:
   total_steps: int
   examples: int
   abstract_state: TrainState  # with shardings
-  flags: str  # of the start, for messages
 
   def steps(self, interval: Any) -> int:
     return interval.steps(batch_size=self.config.batch_size, examples=self.examples)
@@ -151,9 +150,9 @@ def make_method(config: Config, *, total_steps: int = 1, steps_per_epoch: float 
   )
 
 
-def make_run(config: Config, *, flags: str = "") -> Run:
+def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> Run:
   """Opens the data, builds every part and checks that they fit, before anything is computed."""
-  mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size)
+  mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
   if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
     raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
   make_method(config)  # config errors before any data is opened
@@ -210,7 +209,6 @@ def make_run(config: Config, *, flags: str = "") -> Run:
     total_steps=total_steps,
     examples=examples,
     abstract_state=abstract,
-    flags=flags,
   )
 
 

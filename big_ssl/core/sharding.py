@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import socket
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -65,24 +66,24 @@ def check_topology(fingerprint: str) -> None:
     raise UserError("the processes do not match process 0: " + "; ".join(wrong))
 
 
-def make_mesh(config: MeshConfig, *, batch_size: int) -> Mesh:
-  """The ("data", "fsdp", "tensor") mesh over all devices; axes are Auto, so that losses stay global.
+def make_mesh(config: MeshConfig, *, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The ("data", "fsdp", "tensor") mesh over all devices (or those given); axes are Auto, so that losses stay global.
 
   Raises:
     UserError: the axes do not multiply to the device count, or the batch does not divide over data * fsdp.
   """
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   shape = [config.data, config.fsdp, config.tensor]
   unknown = [i for i, s in enumerate(shape) if s == -1]
   known = int(np.prod([s for s in shape if s != -1]))
-  if len(unknown) == 1 and known > 0 and devices % known == 0:
-    shape[unknown[0]] = devices // known
+  if len(unknown) == 1 and known > 0 and count % known == 0:
+    shape[unknown[0]] = count // known
   text = f"config.mesh=data:{config.data} fsdp:{config.fsdp} tensor:{config.tensor}"
-  if min(shape) < 1 or int(np.prod(shape)) != devices:
-    raise UserError(f"{text}: the axes must multiply to the {devices} devices there are; one of them may be -1.")
+  if min(shape) < 1 or int(np.prod(shape)) != count:
+    raise UserError(f"{text}: the axes must multiply to the {count} devices there are; one of them may be -1.")
   if batch_size % (shape[0] * shape[1]):
     raise UserError(f"config.batch_size={batch_size}: must be divisible by the {shape[0] * shape[1]} devices of the data and fsdp axes.")
-  return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def state_shardings(mesh: Mesh, abstract_state: PyTree, config: MeshConfig) -> PyTree:

@@ -1,0 +1,74 @@
+"""Small runs of real configs, for the tests of the engine and the contract tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pathlib
+
+import jax
+import numpy as np
+
+from big_ssl import setup
+from big_ssl.core import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY_VIT = {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48}
+SMALL = {
+  "batch_size": 16,
+  "total": "6steps",
+  "log_every": "1steps",
+  "data.train_examples": 40,
+  "data.eval_examples": 40,
+  "optim.warmup": "2steps",
+  "checkpoint.every": "2steps",
+}
+
+
+def recipes() -> list[tuple[str, str]]:
+  """(config, recipe) of every file in configs/: each public function there that takes no argument is a recipe."""
+  found = []
+  for file in sorted((ROOT / "configs").glob("*.py")):
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in vars(module).items():
+      public = inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+      if public and name != "get_config" and not inspect.signature(value).parameters:
+        found.append((file.stem, name))
+  return found
+
+
+def default_configs() -> list[str]:
+  return sorted({name for name, _ in recipes()})
+
+
+def load(name: str, recipe: str = "", **overrides) -> config_lib.Config:
+  spec = str(ROOT / "configs" / f"{name}.py") + (f":{recipe}" if recipe else "")
+  return config_lib.load(spec, {k: str(v) for k, v in overrides.items()})[0]
+
+
+def small(name: str, **overrides) -> config_lib.Config:
+  """The default recipe of a config, shrunk in data, length and network; the method keeps every option."""
+  fields = SMALL | overrides
+  if load(name).model["name"] == "vit":
+    fields = TINY_VIT | fields
+  return load(name, **fields)
+
+
+def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):
+  """Runs the real step from `state` (fresh when None) to `stop`; returns the state and the metrics of every step."""
+  run = setup.make_run(config, devices=jax.devices()[:devices])
+  state = run.initial_state() if state is None else state
+  stop = run.total_steps if stop is None else stop
+  history = []
+  with jax.set_mesh(run.mesh):
+    step_fn = run.jit_step()
+    for raw in run.batches(int(state.step), stop):
+      state, metrics = step_fn(state, raw, run.resident)
+      history.append({k: float(v) for k, v in metrics.items()})
+  return state, history
+
+
+def leaves_equal(a, b) -> bool:
+  return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))

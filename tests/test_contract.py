@@ -1,0 +1,190 @@
+"""What every method keeps, for every config: a new file in configs/ or methods/ enrols itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+import engine
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_ssl import setup
+from big_ssl.core import config as config_lib
+from big_ssl.core.method import Method
+from big_ssl.core.optim import parameter_table
+from big_ssl.core.step import make_features, make_step
+from big_ssl.core.types import UserError
+
+DEFAULTS = engine.default_configs()
+ENGINE_FIELDS = {"model", "total_steps", "steps_per_epoch", "image_channels", "num_classes"}
+
+
+def abstract_run(name: str, recipe: str) -> setup.Run:
+  """The recipe as it is, on a few rendered images instead of its data."""
+  overrides = {"data.source": "sprites", "data.train_examples": 64, "data.eval_examples": 16, "data.image_size": 32}
+  if "fsdp" in str(engine.load(name, recipe).mesh):
+    overrides["mesh.fsdp"] = 1
+  return setup.make_run(engine.load(name, recipe, **overrides), devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name,recipe", engine.recipes())
+def test_full_recipe_has_a_valid_step_and_the_recorded_parameter_table(name, recipe):
+  run = abstract_run(name, recipe)
+  raw = {k: p.spec() for k, p in run.pipelines.items()}
+  resident = {k: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype) for k, p in run.pipelines.items() if p.resident is not None}
+  step = make_step(run.method, run.optimizer, seed=0, accumulate=run.config.optim.accumulate)
+  state, metrics = jax.eval_shape(step, run.abstract_state, raw, resident)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), run.abstract_state)
+  assert metrics["loss"].shape == () and all(m.shape == () for m in metrics.values())
+  recorded = engine.ROOT / "tests" / "tables" / f"{name}-{recipe}.txt"
+  table = parameter_table(run.optimizer.tensors) + "\n"
+  if os.environ.get("RECORD_TABLES"):
+    recorded.write_text(table)
+  assert recorded.read_text() == table, f"the parameter table of configs/{name}.py:{recipe} changed; RECORD_TABLES=1 records it anew"
+
+
+@functools.cache
+def six_steps(name: str, devices: int = 1):
+  return engine.train_steps(engine.small(name), devices=devices)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_steps_are_finite_and_change_every_trained_parameter(name):
+  config = engine.small(name)
+  run = setup.make_run(config, devices=jax.devices()[:1])
+  start = run.initial_state()
+  state, history = six_steps(name)
+  assert all(np.isfinite(list(h.values())).all() and h["skipped"] == 0 for h in history), history
+  frozen = {t.path for t in run.optimizer.tensors if t.rule.lr_mult == 0 or t.freeze_steps >= run.total_steps}
+  before, after = jax.tree.leaves(start.params), jax.tree.leaves(state.params)
+  for tensor, a, b in zip(run.optimizer.tensors, before, after, strict=True):
+    assert np.array_equal(a, b) == (tensor.path in frozen), tensor.path
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_no_gradient_reaches_the_extra_state(name):
+  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
+  state = run.initial_state()
+  from big_ssl.core.step import prepare_streams
+
+  raw = next(run.batches(0, 1))
+  batch = prepare_streams(run.method, raw, run.resident, jax.random.key(1))
+  floats, rest = {}, {}
+  for key, value in state.extra.items():
+    (floats if all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(value)) else rest)[key] = value
+  # Running batch statistics are not read in training; whatever else is differentiable must get exactly nothing.
+  grads = jax.grad(lambda e: run.method.loss(state.params, e | rest, batch, jax.random.key(2), state.step)[0])(floats)
+  assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_eight_devices_agree_with_one(name):
+  state1, history1 = six_steps(name)
+  state8, history8 = six_steps(name, 8)
+  np.testing.assert_allclose([h["loss"] for h in history8], [h["loss"] for h in history1], rtol=1e-5)
+  assert int(state1.step) == int(state8.step) == 6
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_run_resumed_in_the_middle_is_bit_equal(name):
+  config = engine.small(name)
+  whole, history = six_steps(name)
+  half, first = engine.train_steps(config, stop=3)
+  host = jax.tree.map(np.asarray, half)
+  run = setup.make_run(config, devices=jax.devices()[:1])
+  placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, run.abstract_state)
+  again, second = engine.train_steps(config, state=placed)
+  assert first + second == history
+  assert engine.leaves_equal(again, whole)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_bfloat16_compute_stays_finite_and_close(name):
+  if "dtype" not in config_lib.find("models", engine.load(name).model["name"], setup.Backbone, path="config.model").__dataclass_fields__:
+    pytest.fail("every backbone has a compute dtype")
+  _, history = engine.train_steps(engine.small(name, **{"model.dtype": "bfloat16"}), stop=2)
+  reference = six_steps(name)[1]
+  assert all(np.isfinite(list(h.values())).all() for h in history)
+  np.testing.assert_allclose(history[0]["loss"], reference[0]["loss"], rtol=0.05)
+
+
+def changed(field: dataclasses.Field, value, hint):
+  """Another valid value of a field: the rule is by type, with names deciding where sizes must stay multiples."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, str):
+    return [v for v in ("pil", "simclr") if v != value][0]
+  if isinstance(value, int):
+    return value * 2 if field.name.endswith(("size", "dim")) else value + 1
+  if isinstance(value, float):
+    return 0.35 if value == 0 else value * 0.5
+  if isinstance(value, tuple):
+    return tuple(v * 0.9 for v in value) if value else (0.5, 0.5, 0.5)
+  raise AssertionError(f"no rule for {field.name}={value!r}")
+
+
+def trace(method: Method, run: setup.Run) -> str:
+  """All a method can influence, as text: its views and the traced step and features."""
+  run = dataclasses.replace(run, method=method)
+  pipelines = {k: setup.make_pipeline(run.config, run.sources[i.source], i, mesh=run.mesh, stream=k) for k, i in setup.as_streams(method.inputs()).items()}
+  raw = {k: p.spec() for k, p in pipelines.items()}
+  resident = {k: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype) for k, p in pipelines.items() if p.resident is not None}
+  shapes = setup._batch_shapes(method, pipelines)
+  init = functools.partial(setup._init_state, method, run.optimizer, shapes)
+  text = str(method.inputs()) + str(method.eval_view()) + str(method.param_rules())
+  state = jax.eval_shape(init, jax.random.key(0))
+  text += str(jax.make_jaxpr(lambda k: setup._init(method, shapes, k))(jax.random.key(0)))
+  batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((4, *s.shape[1:]), s.dtype), shapes)
+
+  def whole(params, extra, batch, key, step):
+    loss, (extra, metrics) = method.loss(params, extra, batch, key, step)
+    return loss, method.post_update(params, extra, step), metrics
+
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  text += str(jax.make_jaxpr(whole)(state.params, state.extra, batch, jax.random.key(0), step))
+  del raw, resident
+  return text
+
+
+def method_fields(name: str) -> list[str]:
+  run_method = setup.make_method(engine.small(name), total_steps=6, num_classes=10)
+  return [f.name for f in dataclasses.fields(run_method) if f.name not in ENGINE_FIELDS]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_field_of_a_method_has_an_effect(name):
+  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
+  reference = trace(run.method, run)
+  dead = []
+  for field in dataclasses.fields(run.method):
+    if field.name in ENGINE_FIELDS:
+      continue
+    value = getattr(run.method, field.name)
+    try:
+      changes = {field.name: changed(field, value, None)}
+      if field.name == "sinkhorn_iterations":
+        changes["sinkhorn_iterations"] = value + 2
+      if field.name in ("mean", "std") and not value:
+        changes = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+      if trace(run.method.replace(**changes), run) == reference:
+        dead.append(field.name)
+    except UserError as error:
+      pytest.fail(f"{field.name}: {error}")
+  assert not dead, f"fields without effect: {dead}"
+
+
+def test_features_are_finite_and_named(subtests=None):
+  for name in DEFAULTS:
+    run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
+    state = run.initial_state()
+    from big_ssl.evaluate import Extractor
+
+    extract = Extractor(run)
+    extract.state = state
+    out = extract("eval")
+    assert out.features.shape[0] == len(run.sources["eval"]) and np.isfinite(out.features).all(), name
+    assert make_features(run.method) is not None
