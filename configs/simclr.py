@@ -46,7 +46,7 @@ def imagenet() -> dict:
     method=dict(name="simclr", temperature=0.1, hidden_dim=2048, output_dim=128, head_layers=2, loss_scale=2.0),
     model=dict(name="resnet", depth=50, zero_init_gamma=True),
     data=dict(source="tfds:imagenet2012"),
-    optim=dict(name="lars", lr=0.3, lr_scale="linear", warmup="10epochs", weight_decay=1e-4, momentum=0.9),
+    optim=dict(name="lars", lr=0.3, lr_scale="linear", warmup="10epochs", weight_decay=1e-4, momentum=0.9, lr_in_momentum=True),
     checkpoint=dict(every="1epochs", keep_last=3),
     evals=dict(knn=dict(k=20, temperature=0.07, every="10epochs")),
   )

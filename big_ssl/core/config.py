@@ -61,6 +61,9 @@ class OptimConfig:
     stretch: the curves (learning rate, weight decay and the method's own) are laid over stretch * total steps.
     schedule_offset: update i uses the curve at i + offset (MSN steps its scheduler first: 1).
     weight_decay, weight_decay_final: decoupled decay; a cosine from the first to the second where both are given.
+    lr_in_momentum: for "sgd" and "lars": the learning rate is inside the velocity (SimCLR) instead of outside (torch).
+    trust_coefficient: of "lars".
+    accumulate: microbatches per update, for methods whose loss is a mean over examples.
     clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor.
     rules: parameter rules that come before the method's own.
   """
@@ -81,6 +84,7 @@ class OptimConfig:
   eps: float = 1e-8
   momentum: float = 0.9
   nesterov: bool = False
+  lr_in_momentum: bool = False
   trust_coefficient: float = 1e-3
   clip: float = 0.0
   clip_by: Literal["global", "tensor"] = "global"
@@ -124,6 +128,12 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   health: HealthConfig = HealthConfig()
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise UserError(f"config.batch_size={self.batch_size}: expected at least 1.")
+    if self.seed < 0:
+      raise UserError(f"config.seed={self.seed}: expected 0 or more.")
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[Config, dict]:

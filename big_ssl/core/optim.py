@@ -165,23 +165,20 @@ def _adamw(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates
 
 
 def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
-  """SGD: v <- m v + g + wd p, p <- p - lr v.
+  """Momentum SGD and LARS (arXiv 1708.03888): d = ratio (g + wd p), ratio = trust |p| / |g + wd p|, 1 for SGD and without trust.
 
-  LARS (arXiv 1708.03888), as SimCLR runs it: the gradient is scaled by trust |p| / |g + wd p| and the learning rate
-  sits inside the buffer, v <- m v + lr ratio (g + wd p), p <- p - v.
+  v <- m v + d, p <- p - lr v (torch, BYOL, MoCo v3); with `lr_in_momentum`, v <- m v + lr d, p <- p - v (SimCLR, PAWS).
+  The two agree only while the learning rate is constant.
   """
-  g = g + rates.decay * p
-  if config.name == "lars":
-    ratio = jnp.float32(1.0)
-    if rule.trust_ratio:
-      p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
-      usable = (p_norm > 0) & (g_norm > 0)
-      ratio = jnp.where(usable, config.trust_coefficient * p_norm / jnp.where(usable, g_norm, 1.0), 1.0)
-    step = rates.lr * ratio * g
-    v = config.momentum * old["momentum"] + step
-    return p - (config.momentum * v + step if config.nesterov else v), {"momentum": v}
-  v = config.momentum * old["momentum"] + g
-  return p - rates.lr * (config.momentum * v + g if config.nesterov else v), {"momentum": v}
+  d = g + rates.decay * p
+  if config.name == "lars" and rule.trust_ratio:
+    p_norm, d_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(d.ravel())
+    usable = (p_norm > 0) & (d_norm > 0)
+    d = d * jnp.where(usable, config.trust_coefficient * p_norm / jnp.where(usable, d_norm, 1.0), 1.0)
+  inside, outside = (rates.lr, 1.0) if config.lr_in_momentum else (1.0, rates.lr)
+  d = inside * d
+  v = config.momentum * old["momentum"] + d
+  return p - outside * (config.momentum * v + d if config.nesterov else v), {"momentum": v}
 
 
 def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, by: str) -> Params:

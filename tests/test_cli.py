@@ -1,0 +1,167 @@
+"""The command line: exit codes, one clear line per mistake, kill and resume."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import engine
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = [f"--config.{k}={v}" for k, v in (engine.SMALL | engine.TINY_VIT).items()]
+
+
+def command(workdir, *extra):
+  return [sys.executable, "-m", "big_ssl.main", "--config=configs/msn.py", f"--workdir={workdir}", *TINY, *extra]
+
+
+def environment():
+  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def run(workdir, *extra):
+  return subprocess.run(command(workdir, *extra), cwd=engine.ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def losses(workdir) -> dict[int, float]:
+  lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return {row["step"]: row["loss"] for row in lines if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  done = run(workdir, "--config.total=40steps")
+  assert done.returncode == 0, done.stdout + done.stderr
+  return losses(workdir)
+
+
+@pytest.mark.parametrize(
+  "flags,parts",
+  [
+    (["--config.method.sinkhron=false"], ["config.method.sinkhron", "sinkhorn"]),
+    (["--config.method.name=msm"], ["config.method.name='msm'", "Did you mean 'msn'"]),
+    (["--config.model.patch=7"], ["config.method.rand_size=32", "config.model.patch=7"]),
+    (["--config.batch_size=0"], ["config.batch_size"]),
+    (["--config.method.num_prototypes=1"], ["num_prototypes=1", "at least 2"]),
+    (["--config.method.patch_drop=1.5"], ["patch_drop=1.5"]),
+    (["--data=/no/such/folder"], ["/no/such/folder"]),
+    (["--config.model.width=12.5"], ["config.model.width=12.5", "int"]),
+    (["--config.mesh.data=3"], ["config.mesh", "1 devices"]),
+    (["--config.optim.accumulate=2"], ["config.optim.accumulate=2"]),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, parts):
+  done = run(tmp_path, *flags)
+  assert done.returncode == 2, done.stdout + done.stderr
+  lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+  assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+  assert all(p in lines[0] for p in parts), lines[0]
+
+
+def test_help_is_quick_to_import_and_needs_no_tensorflow():
+  code = "import sys; from big_ssl import main\ntry: main.main(['--help'])\nexcept SystemExit: pass\nassert not {'tensorflow', 'jax'} & set(sys.modules)"
+  done = subprocess.run([sys.executable, "-c", code], cwd=engine.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and "--config" in done.stdout, done.stderr
+
+
+def test_killed_at_random_points_and_restarted_the_losses_are_bit_equal(tmp_path, uninterrupted):
+  rng = random.Random(0)
+  seen: dict[int, float] = {}
+  for _ in range(3):
+    process = subprocess.Popen(command(tmp_path, "--config.total=40steps"), cwd=engine.ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    target = rng.randint(4, 12) + max(seen, default=0)
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+      rows = log.read_text().count('"loss"') if log.exists() else 0
+      if rows >= min(target, 38):
+        break
+      time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text = log.read_text() if log.exists() else ""
+    for line in text.splitlines():
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError:
+        continue
+      if "loss" in row:
+        assert row["loss"] == uninterrupted[row["step"]], f"step {row['step']}"
+        seen[row["step"]] = row["loss"]
+  done = run(tmp_path, "--config.total=40steps")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert losses(tmp_path) == uninterrupted
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path, uninterrupted):
+  process = subprocess.Popen(command(tmp_path, "--config.total=40steps"), cwd=engine.ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+  log = tmp_path / "metrics.jsonl"
+  while process.poll() is None and (not log.exists() or '"loss"' not in log.read_text()):
+    time.sleep(0.005)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 3, out
+  assert "run the same command to continue" in out
+  assert any((tmp_path / "checkpoints").iterdir())
+  assert run(tmp_path, "--config.total=40steps").returncode == 0
+  assert losses(tmp_path) == uninterrupted
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path):
+  assert run(tmp_path).returncode == 0
+  steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  for file in (tmp_path / "checkpoints" / str(steps[-1])).rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: max(1, file.stat().st_size // 3)])
+  done = run(tmp_path)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert f"checkpoint {steps[-1]} is damaged" in done.stdout + done.stderr
+  assert (tmp_path / "damaged" / str(steps[-1])).is_dir()
+  assert f"resumed from step {steps[-2]}" in done.stdout
+
+
+def test_a_changed_data_folder_is_refused_and_nothing_is_lost(tmp_path):
+  images = tmp_path / "images"
+  images.mkdir()
+  for i in range(20):
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)).save(images / f"{i}.png")
+  (images / "broken.jpg").write_text("not a picture")
+  workdir = tmp_path / "work"
+  done = run(workdir, f"--data={images}")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "broken.jpg" in done.stdout
+  (images / "0.png").unlink()
+  again = run(workdir, f"--data={images}", "--config.total=8steps")
+  assert again.returncode == 2 and "data=" in again.stderr and "Traceback" not in again.stderr, again.stderr
+  assert (workdir / "checkpoints" / "6").is_dir()
+
+
+def test_another_network_is_refused_with_what_differs(tmp_path):
+  assert run(tmp_path).returncode == 0
+  done = run(tmp_path, "--config.method.num_prototypes=64", "--config.total=8steps")
+  assert done.returncode == 2 and "prototypes" in done.stderr and "different" in done.stderr, done.stderr
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+  blocked = tmp_path / "file"
+  blocked.write_text("")
+  done = run(blocked / "work")
+  assert done.returncode == 2 and str(blocked) in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_eval_extract_and_check_read_the_checkpoint(tmp_path):
+  assert run(tmp_path).returncode == 0
+  done = run(tmp_path, "--mode=eval")
+  assert done.returncode == 0 and "knn" in done.stdout, done.stdout + done.stderr
+  assert run(tmp_path, "--mode=extract").returncode == 0
+  with np.load(tmp_path / "features_eval.npz") as z:
+    assert z["features"].shape == (40, 24) and z["labels"].shape == (40,)
+  done = run(tmp_path, "--mode=check")
+  assert done.returncode == 0 and "per device" in done.stdout and "prototypes" in done.stdout
