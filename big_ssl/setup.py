@@ -218,7 +218,7 @@ def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh
   largest = max(max(v.shape) for v in inputs.views)
   crop = config.data.crop
   if crop == "auto":
-    crop = "host" if jax.default_backend() == "cpu" else "device"
+    crop = "host" if jax.default_backend() == "cpu" and source.images is None else "device"
   return Pipeline(
     source,
     inputs,

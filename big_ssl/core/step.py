@@ -41,17 +41,25 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
       cut[view.name] = pixels.astype(jnp.float32) / jnp.iinfo(pixels.dtype).max
     else:
       boxes, flips = raw[f"{view.name}/box"], raw[f"{view.name}/flip"]
-      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, interpolation=view.interpolation)
+      whole = view.crop == "center"  # the filter reads around the crop, as "resize, then cut" does
+      sizes = _sizes(raw, canvas) if whole else None
+      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, interpolation=view.interpolation, sizes=sizes)
     if view.return_box:
-      batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], raw.get("size"), canvas)
+      batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], _sizes(raw, canvas))
   rows = jnp.arange(raw["index"].shape[0])
   return batch | augment.augment_views(inputs.views, cut, key, row=rows)
 
 
-def _normalized(box: Array, size: Array | None, canvas: Array | None) -> Array:
+def _sizes(raw: dict[str, Array], canvas: Array | None) -> Array:
+  """Height and width [B, 2] of each image; resident images fill their canvas."""
+  if "size" in raw:
+    return raw["size"].astype(jnp.float32)
+  return jnp.broadcast_to(jnp.array(canvas.shape[1:3], jnp.float32), (raw["index"].shape[0], 2))
+
+
+def _normalized(box: Array, sizes: Array) -> Array:
   """Pixel boxes y0, x0, h, w [B, V, 4] to y0, x0, y1, x1 as shares of the image's height and width."""
-  height_width = size.astype(jnp.float32) if size is not None else jnp.full((box.shape[0], 2), jnp.array(canvas.shape[1:3], jnp.float32))
-  scale = jnp.concatenate([height_width, height_width], axis=-1)[:, None]
+  scale = jnp.concatenate([sizes, sizes], axis=-1)[:, None]
   start, extent = box[..., :2], box[..., 2:]
   return jnp.concatenate([start, start + extent], axis=-1) / scale
 

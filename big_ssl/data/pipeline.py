@@ -1,0 +1,270 @@
+"""Batches as a pure function of the step: planned in numpy, read and decoded by tf.data, or by threads without tensorflow."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+
+from big_ssl.core.method import Inputs, Sequential
+from big_ssl.core.resampling import axis_weights
+from big_ssl.core.types import UserError
+from big_ssl.data import plan
+from big_ssl.data.decode import BadImage, place
+from big_ssl.data.source import DataSource
+
+_MAX_REPLACEMENTS = 32  # bad images in a row before the source is given up
+
+
+class Pipeline:
+  """One stream of batches over a source; `batch(step)` and `iterate` give the same.
+
+  A raw batch holds, for the b rows of this process: "index" int32 [b]; the requested keys; for every view v + "/box" float32
+  [b, count, 4] (y0, x0, height, width in pixels) and v + "/flip" bool [b, count]. The pixels come in one of three ways:
+  "canvas" uint8 [b, S, S, C] and "size" int32 [b, 2] (crop="device"); v + "/pixels" uint8 [b, count, h, w, C], already cut
+  (crop="host"); or not at all, when `resident` holds the images of the source, which then live on the device.
+  Sequential streams have "valid" bool [b]: False past the end, and for an unreadable image that another one replaces.
+
+  Attributes:
+    resident: uint8 or uint16 [N, H, W, C], or None.
+  """
+
+  def __init__(
+    self,
+    source: DataSource,
+    inputs: Inputs,
+    *,
+    stream: str = "",
+    batch_size: int,
+    seed: int,
+    rows: tuple[int, int],
+    canvas: int,
+    crop: Literal["device", "host"] = "device",
+    threads: int = 0,
+    prefetch: int = 4,
+    order: Callable[[int], np.ndarray | None] | None = None,
+  ):
+    self._source, self._inputs, self._order = source, inputs, order
+    self._batch_size, self._rows, self._canvas, self._crop = batch_size, rows, canvas, crop
+    self._seed = seed if not stream else int(plan.uniforms(seed, stream, np.zeros(1, np.uint64), 1)[0, 0] * 2**31)
+    self._threads, self._prefetch = threads or os.cpu_count() or 1, prefetch
+    self.resident = source.images if crop == "device" else None
+    extras = getattr(source, "extras", {})
+    self._extras = {"label": source.labels} | dict(extras)
+    for key in inputs.keys:
+      if self._extras.get(key) is None:
+        have = [k for k, v in self._extras.items() if v is not None]
+        raise UserError(f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs; it has {', '.join(have) or 'images only'}.")
+
+  # Planning
+
+  def _positions(self, step: int) -> np.ndarray:
+    return np.int64(step) * self._batch_size + np.arange(*self._rows, dtype=np.int64)
+
+  def _indices(self, positions: np.ndarray) -> np.ndarray:
+    return plan.indices(self._inputs.sampler, positions, size=len(self._source), seed=self._seed, order=self._order)
+
+  def _finish(self, positions: np.ndarray, wanted: np.ndarray, used: np.ndarray, sizes: np.ndarray, pixels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    batch: dict[str, np.ndarray] = {"index": used.astype(np.int32)}
+    for key in self._inputs.keys:
+      batch[key] = np.asarray(self._extras[key])[used]
+    if isinstance(self._inputs.sampler, Sequential):
+      batch["valid"] = (positions < len(self._source)) & (wanted == used)
+    for view in self._inputs.views:
+      if f"{view.name}/pixels" not in pixels or view.return_box:
+        boxes = plan.boxes(view, sizes, seed=self._seed, positions=positions)
+        batch[f"{view.name}/box"], batch[f"{view.name}/flip"] = boxes.box, boxes.flip
+    if self.resident is None and self._crop == "device" or any(v.return_box for v in self._inputs.views):
+      batch["size"] = sizes.astype(np.int32)
+    return batch | pixels
+
+  # Pixels
+
+  def _load(self, index: int) -> tuple[np.ndarray, int, int, int]:
+    """Canvas, height, width and the index really read: a bad image is listed, and the next one takes its place."""
+    for offset in range(_MAX_REPLACEMENTS):
+      i = (index + offset) % len(self._source)
+      try:
+        placed = place(self._source.pixels(i, canvas=self._canvas), canvas=self._canvas)
+        return placed.pixels, placed.height, placed.width, i
+      except BadImage as error:
+        self._source.report(i, str(error))
+    raise UserError(f"{self._source.describe()['name']}: {_MAX_REPLACEMENTS} unreadable images in a row, the first {self._source.name(index)}.")
+
+  def _cut(self, canvas: np.ndarray, height: int, width: int, position: int) -> list[np.ndarray]:
+    """crop="host": the views of one image, [count, h, w, C] each, by the same matrices as on the device."""
+    out = []
+    sizes = np.array([[height, width]])
+    high = np.iinfo(canvas.dtype).max
+    image = np.moveaxis(canvas, -1, 0).astype(np.float32)
+    for view in self._inputs.views:
+      boxes = plan.boxes(view, sizes, seed=self._seed, positions=np.array([position]))
+      limit = (height, width) if view.crop == "center" else (None, None)
+      kwargs: dict[str, Any] = {"interpolation": view.interpolation, "xp": np, "canvas": self._canvas}
+      rows = axis_weights(boxes.box[0, :, 0], boxes.box[0, :, 2], size=view.shape[0], limit=limit[0], **kwargs)
+      columns = axis_weights(boxes.box[0, :, 1], boxes.box[0, :, 3], size=view.shape[1], limit=limit[1], flip=boxes.flip[0], **kwargs)
+      cut = np.matmul(np.matmul(rows[:, None], image[None]), columns[:, None].swapaxes(-1, -2))
+      out.append(np.clip(np.moveaxis(cut, 1, -1) + 0.5, 0, high).astype(canvas.dtype))
+    return out
+
+  def _element(self, position: int, index: int) -> tuple[list[np.ndarray], int, int, int]:
+    canvas, height, width, used = self._load(index)
+    pixels = self._cut(canvas, height, width, position) if self._crop == "host" else [canvas]
+    return pixels, height, width, used
+
+  @property
+  def _pixel_keys(self) -> list[str]:
+    return [f"{v.name}/pixels" for v in self._inputs.views] if self._crop == "host" else ["canvas"]
+
+  def _resident_batch(self, step: int) -> dict[str, np.ndarray]:
+    positions = self._positions(step)
+    indices = self._indices(positions)
+    sizes = np.broadcast_to(np.array(self.resident.shape[1:3]), (len(indices), 2))
+    return self._finish(positions, indices, indices, sizes, {})
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """This process's rows of the batch of `step`."""
+    if self.resident is not None:
+      return self._resident_batch(step)
+    positions = self._positions(step)
+    indices = self._indices(positions)
+    with ThreadPoolExecutor(self._threads) as pool:
+      return self._collect(positions, indices, list(pool.map(self._element, positions.tolist(), indices.tolist())))
+
+  def _collect(self, positions: np.ndarray, indices: np.ndarray, elements: list) -> dict[str, np.ndarray]:
+    sizes = np.array([(h, w) for _, h, w, _ in elements])
+    used = np.array([u for *_, u in elements])
+    pixels = {key: np.stack([e[0][i] for e in elements]) for i, key in enumerate(self._pixel_keys)}
+    return self._finish(positions, indices, used, sizes, pixels)
+
+  def spec(self) -> dict[str, np.ndarray]:
+    """Zeros in the shapes of the rows of the GLOBAL batch, without reading an image; for tracing."""
+    b, views = self._batch_size, self._inputs.views
+    out: dict[str, np.ndarray] = {"index": np.zeros(b, np.int32)}
+    for key in self._inputs.keys:
+      values = np.asarray(self._extras[key])
+      out[key] = np.zeros((b, *values.shape[1:]), values.dtype)
+    if isinstance(self._inputs.sampler, Sequential):
+      out["valid"] = np.zeros(b, bool)
+    dtype = np.uint8 if self._source.images is None else self._source.images.dtype
+    for v in views:
+      if self._crop == "host":
+        out[f"{v.name}/pixels"] = np.zeros((b, v.count, *v.shape, self._source.channels), dtype)
+      if self._crop != "host" or v.return_box:
+        out[f"{v.name}/box"], out[f"{v.name}/flip"] = np.ones((b, v.count, 4), np.float32), np.zeros((b, v.count), bool)
+    if self.resident is None and self._crop == "device":
+      out["canvas"] = np.zeros((b, self._canvas, self._canvas, self._source.channels), dtype)
+    if self.resident is None and self._crop == "device" or any(v.return_box for v in views):
+      out["size"] = np.ones((b, 2), np.int32)
+    return out
+
+  def iterate(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(step, batch) for start <= step < stop, read ahead."""
+    if self.resident is not None:
+      batches = ((step, self._resident_batch(step)) for step in range(start, stop))
+    else:
+      batches = self._tensorflow(start, stop) if _has_tensorflow() else self._threaded(start, stop)
+    yield from _ahead(batches, self._prefetch)
+
+  def _threaded(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    with ThreadPoolExecutor(self._threads) as pool:
+      for step in range(start, stop):
+        positions = self._positions(step)
+        indices = self._indices(positions)
+        yield step, self._collect(positions, indices, list(pool.map(self._element, positions.tolist(), indices.tolist())))
+
+  def _tensorflow(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    from big_ssl.data.fast import decoded
+
+    rows = self._rows[1] - self._rows[0]
+    plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def planned() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+      for step in range(start, stop):
+        positions = self._positions(step)
+        plans[step] = (positions, self._indices(positions))
+        yield plans[step]
+
+    failed: list[Exception] = []
+
+    def slow(index: np.ndarray) -> tuple[np.ndarray, np.int64, np.int64, np.int64]:
+      try:
+        canvas, height, width, used = self._load(int(index))
+      except UserError as error:  # tensorflow would bury it under its own trace
+        failed.append(error)
+        raise
+      return canvas, np.int64(height), np.int64(width), np.int64(used)
+
+    def cut(canvas: np.ndarray, height: np.ndarray, width: np.ndarray, position: np.ndarray) -> list[np.ndarray]:
+      return self._cut(canvas, int(height), int(width), int(position))
+
+    dataset = decoded(
+      planned,
+      read=lambda i: self._source.read(int(i)),
+      slow=slow,
+      cut=cut if self._crop == "host" else None,
+      views=[(v.count, *v.shape) for v in self._inputs.views],
+      rows=rows,
+      canvas=self._canvas,
+      channels=self._source.channels,
+      threads=self._threads,
+    )
+    iterator = dataset.as_numpy_iterator()
+    for step in range(start, stop):
+      try:
+        *pixels, height, width, used = next(iterator)
+      except Exception:
+        if failed:
+          raise failed[0] from None
+        raise
+      positions, indices = plans.pop(step)
+      sizes = np.stack([height, width], axis=1)
+      yield step, self._finish(positions, indices, used, sizes, dict(zip(self._pixel_keys, pixels, strict=True)))
+
+
+def _has_tensorflow() -> bool:
+  try:
+    import tensorflow  # noqa: F401
+  except ImportError:
+    return False
+  return True
+
+
+def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
+  """Draws `items` in a thread, up to `depth` ahead; an exception surfaces where the item would have."""
+  ready: queue.Queue = queue.Queue(max(depth, 1))
+  stop = threading.Event()
+
+  def put(kind: str, value: Any) -> None:
+    while not stop.is_set():
+      try:
+        return ready.put((kind, value), timeout=0.1)
+      except queue.Full:
+        continue
+
+  def draw() -> None:
+    try:
+      for item in items:
+        put("item", item)
+        if stop.is_set():
+          return
+      put("end", None)
+    except BaseException as error:  # handed to the consumer, which raises it
+      put("error", error)
+
+  threading.Thread(target=draw, daemon=True).start()
+  try:
+    while True:
+      kind, value = ready.get()
+      if kind == "error":
+        raise value
+      if kind == "end":
+        return
+      yield value
+  finally:
+    stop.set()

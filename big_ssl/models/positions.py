@@ -1,0 +1,108 @@
+"""Resampling of learned position tables, by the five rules of the public code bases.
+
+A rule is a pair of matrices, one per axis, built in float64 from static shapes: result = M_h P M_w^T. Getting the rule
+wrong is silent and changes tokens by 0.2 to 1.6 on an N(0, 1) table, so it is a field of the model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from big_ssl.core.types import UserError, nearest
+
+RULES = ("dino", "msn", "hf", "antialias", "linear")
+
+
+def table_grid(tokens: int, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+  """The (height, width) of a table of `tokens` patches; a table that is not square needs `grid`."""
+  if grid is not None:
+    if grid[0] * grid[1] != tokens:
+      raise UserError(f"position table of {tokens} patches: does not fit the grid {grid[0]}x{grid[1]}.")
+    return tuple(grid)
+  side = math.isqrt(tokens)
+  if side * side != tokens:
+    raise UserError(f"position table of {tokens} patches: not a square, give its grid.")
+  return side, side
+
+
+def resample_matrices(rule: str, *, table: tuple[int, int], grid: tuple[int, int], image: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+  """Matrices (h x table_h, w x table_w) from the learned `table` to the wanted `grid`; None is the identity.
+
+  Args:
+    rule: "dino" (DINO, DINOv2 without registers): cubic a = -0.75, borders clamped, scale (n + 0.1) / sqrt(N);
+      "msn": the same kernel, one scale sqrt(n / N) for both axes, skipped when the counts are equal;
+      "hf": the same kernel, scale n / g; "antialias" (timm, DINOv2 with registers): cubic a = -0.5, antialiased;
+      "linear" (big_vision FlexiViT, LOCA): linear, antialiased.
+    image: (height, width) in pixels; DINO skips the resampling only where the count is equal and the image square.
+
+  Raises:
+    UserError: unknown rule, or a rectangular grid under "msn".
+  """
+  if rule not in RULES:
+    raise UserError(f"config.model.pos_rule={rule!r}: expected one of {', '.join(RULES)}.{nearest(rule, RULES)}")
+  equal_count = grid[0] * grid[1] == table[0] * table[1]
+  if rule == "msn":
+    if equal_count:
+      return None
+    if grid[0] != grid[1] or table[0] != table[1]:
+      raise UserError(f"config.model.pos_rule='msn': resamples square grids only, found {table[0]}x{table[1]} to {grid[0]}x{grid[1]}.")
+    scale = math.sqrt(grid[0] * grid[1] / (table[0] * table[1]))
+    return tuple(_cubic_clamped(n, g, scale) for n, g in zip(grid, table, strict=True))
+  if rule == "dino":
+    if equal_count and image[0] == image[1]:
+      return None
+    side = math.sqrt(table[0] * table[1])
+    return tuple(_cubic_clamped(n, g, (n + 0.1) / side) for n, g in zip(grid, table, strict=True))
+  if grid == table:
+    return None
+  if rule == "hf":
+    return tuple(_cubic_clamped(n, g, n / g) for n, g in zip(grid, table, strict=True))
+  kernel = _cubic_half if rule == "antialias" else _triangle
+  return tuple(_antialiased(n, g, kernel) for n, g in zip(grid, table, strict=True))
+
+
+def _cubic_clamped(out: int, size: int, scale: float) -> np.ndarray:
+  """Cubic a = -0.75, four taps, source x = (i + 0.5) / scale - 0.5, indices clamped at the border, no antialiasing."""
+  matrix = np.zeros((out, size))
+  for i in range(out):
+    x = (i + 0.5) / scale - 0.5
+    first = math.floor(x)
+    for tap in range(-1, 3):
+      matrix[i, min(max(first + tap, 0), size - 1)] += _cubic(abs(x - (first + tap)), -0.75)
+  return matrix
+
+
+def _cubic(d: float, a: float) -> float:
+  if d <= 1:
+    return (a + 2) * d**3 - (a + 3) * d**2 + 1
+  return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+
+def _cubic_half(d: float) -> float:
+  return _cubic(d, -0.5)
+
+
+def _triangle(d: float) -> float:
+  return max(0.0, 1.0 - d)
+
+
+def _antialiased(out: int, size: int, kernel) -> np.ndarray:
+  """The kernel stretched when shrinking, weights renormalised at the border."""
+  scale = size / out
+  stretch = max(scale, 1.0)
+  matrix = np.array([[kernel(abs((i + 0.5) * scale - (j + 0.5)) / stretch) for j in range(size)] for i in range(out)])
+  return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def resample(table: np.ndarray, *, rule: str, grid: tuple[int, int], image: tuple[int, int], xp=np, table_shape: tuple[int, int] | None = None):
+  """[N, D] learned patch positions to [h * w, D]; the result is float32 under jax.numpy."""
+  source = table_grid(table.shape[0], table_shape)
+  matrices = resample_matrices(rule, table=source, grid=grid, image=image)
+  if matrices is None:
+    return table
+  height, width = (xp.asarray(m, dtype=table.dtype) for m in matrices)
+  square = table.reshape(*source, table.shape[-1])
+  kwargs = {} if xp is np else {"precision": "highest"}
+  return xp.einsum("ih,jw,hwd->ijd", height, width, square, **kwargs).reshape(-1, table.shape[-1])

@@ -1,0 +1,215 @@
+"""Vision Transformer (arXiv 2010.11929) in the dialects of DINO (2104.14294) and MSN (2204.07141).
+
+Pre-norm blocks, a CLS token, learned positions whose slot 0 belongs to CLS, biases everywhere, a final LayerNorm. The
+parameter tree is the same whether the blocks are unrolled, rematerialised or scanned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_ssl.core.types import Array, Params, UserError, nearest
+from big_ssl.models import positions
+from big_ssl.models.attention import MultiHeadAttention
+from big_ssl.models.layers import Backbone, ConvStem, LayerNorm, Mlp, PatchEmbed, drop_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """width, depth, MLP width and heads (arXiv 2010.11929, Table 1; 2106.04560, Table 2)."""
+
+  width: int
+  depth: int
+  mlp_dim: int
+  heads: int
+
+
+SIZES = {
+  "Ti": Size(192, 12, 768, 3),
+  "S": Size(384, 12, 1536, 6),
+  "B": Size(768, 12, 3072, 12),
+  "L": Size(1024, 24, 4096, 16),
+  "H": Size(1280, 32, 5120, 16),
+}
+
+
+class Block(nn.Module):
+  """x += drop_path(attention(LN x)); x += drop_path(mlp(LN x))."""
+
+  heads: int
+  mlp_dim: int
+  epsilon: float = 1e-6
+  gelu: str = "exact"
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Array, *, rate: float | Array = 0.0, key: Array | None = None, mask: Array | None = None, return_weights: bool = False
+  ) -> tuple[Array, Array | None]:
+    keys = (None, None) if key is None else jax.random.split(key)
+    y = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
+    y, weights = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(y, mask=mask, return_weights=return_weights)
+    x = x + drop_path(y, rate=rate, key=keys[0])
+    y = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
+    y = Mlp(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="mlp")(y)
+    return x + drop_path(y, rate=rate, key=keys[1]), weights
+
+
+class ViT(Backbone):
+  """A Vision Transformer.
+
+  Attributes:
+    variant: "Ti", "S", "B", "L", "H", or "custom"; width, depth, heads and mlp_dim override it where not 0.
+    patch: side of a patch in pixels.
+    image_size: side (or height, width) of the images that the learned position table is for; others are resampled.
+    channels: of the images.
+    pos_rule: how the table is resampled, see `models/positions.py`; stored with the weights since it changes the numbers.
+    drop_path: stochastic depth of the last block, linear from 0 at the first.
+    layernorm_eps: 1e-6 in all public releases.
+    gelu: "exact", or "tanh" for big_vision weights.
+    patch_init: "dino" or "msn": of the patch embedding; all else is normal(0.02), zeros and ones in both.
+    stem_channels: () for the linear patch embedding, (48, 96, 192, 384) for MSN's convolutional stem of stride 16.
+    remat: "none"; "full" recomputes the blocks in the backward pass; "dots" keeps the matrix products.
+    scan: compile one block for all depths.
+    dtype: compute dtype, "float32" or "bfloat16"; parameters, LayerNorm statistics and softmax are float32.
+  """
+
+  variant: str = "S"
+  patch: int = 16
+  image_size: int | tuple[int, int] = 224
+  width: int = 0
+  depth: int = 0
+  heads: int = 0
+  mlp_dim: int = 0
+  channels: int = 3
+  pos_rule: str = "dino"
+  drop_path: float = 0.0
+  layernorm_eps: float = 1e-6
+  gelu: Literal["exact", "tanh"] = "exact"
+  patch_init: Literal["dino", "msn"] = "dino"
+  stem_channels: tuple[int, ...] = ()
+  remat: Literal["none", "full", "dots"] = "none"
+  scan: bool = False
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+  def size(self) -> Size:
+    """The sizes after overrides.
+
+    Raises:
+      UserError: unknown variant, "custom" without all four sizes, or heads that do not divide the width.
+    """
+    if self.variant not in SIZES and self.variant != "custom":
+      raise UserError(f"config.model.variant={self.variant!r}: expected custom or one of {', '.join(SIZES)}.{nearest(self.variant, SIZES)}")
+    base = SIZES.get(self.variant, Size(0, 0, 0, 0))
+    size = Size(*(getattr(self, f.name) or getattr(base, f.name) for f in dataclasses.fields(Size)))
+    if not all(dataclasses.astuple(size)):
+      raise UserError(f"config.model.variant='custom': give width, depth, heads and mlp_dim; found {size}.")
+    if size.width % size.heads:
+      raise UserError(f"config.model.heads={size.heads}: must divide the width {size.width}.")
+    return size
+
+  def table(self) -> tuple[int, int]:
+    """The grid of the learned position table."""
+    height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+    if height % self.patch or width % self.patch:
+      raise UserError(f"config.model.patch={self.patch}: does not divide config.model.image_size={self.image_size}.")
+    return height // self.patch, width // self.patch
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Array,
+    *,
+    train: bool,
+    keep: Array | None = None,
+    mask: Array | None = None,
+    attention_layers: tuple[int, ...] = (),
+  ) -> dict[str, Array]:
+    """Runs the transformer.
+
+    Args:
+      images: [N, H, W, C].
+      keep: int32 indices of the patches that stay, [K] for all images or [N, K]; positions are added before, CLS always stays.
+      mask: bool [N, T, T] or broadcastable to [N, heads, T, T]; False is not attended.
+      attention_layers: blocks whose attention probabilities are returned.
+
+    Returns:
+      "pooled" and "cls": [N, D], CLS after the final norm; "tokens": [N, T, D], patches after it; "cls_layers":
+      [N, L, D], CLS after every block WITHOUT the final norm; "cls_layers_normed" with it; "attention": {layer: [N, heads, T, T]}.
+    """
+    if images.shape[-1] != self.channels:
+      raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
+    x = self._embed(images, train=train)
+    if keep is not None:
+      patches = x[:, 1:]
+      patches = patches[:, keep] if keep.ndim == 1 else jnp.take_along_axis(patches, keep[..., None], axis=1)
+      x = jnp.concatenate([x[:, :1], patches], axis=1)
+    if mask is not None and mask.ndim == 3:
+      mask = mask[:, None]
+    x, cls_layers, weights = self._blocks(x, train=train, mask=mask, attention_layers=attention_layers)
+    norm = LayerNorm(self.layernorm_eps, self.dtype, name="norm")
+    x = norm(x)
+    out = {"pooled": x[:, 0], "cls": x[:, 0], "tokens": x[:, 1:], "cls_layers": cls_layers, "cls_layers_normed": norm(cls_layers)}
+    return out | ({"attention": weights} if attention_layers else {})
+
+  def _embed(self, images: Array, *, train: bool) -> Array:
+    """CLS and patches with their positions, [N, 1 + T, D]."""
+    width, table = self.size().width, self.table()
+    if self.stem_channels:
+      if 2 ** len(self.stem_channels) != self.patch:
+        raise UserError(f"config.model.stem_channels={self.stem_channels}: a stride of {2 ** len(self.stem_channels)}, but patch={self.patch}.")
+      patches = ConvStem(width, self.stem_channels, self.dtype, name="patch_embed")(images, train=train)
+    else:
+      patches = PatchEmbed(width, self.patch, self.patch_init, self.dtype, name="patch_embed")(images)
+    grid = patches.shape[1:3]
+    normal = nn.initializers.normal(0.02)
+    cls = self.param("cls_token", normal, (1, 1, width), jnp.float32)
+    pos = self.param("pos_embed", normal, (1, 1 + table[0] * table[1], width), jnp.float32)
+    learned = positions.resample(pos[0, 1:], rule=self.pos_rule, grid=grid, image=images.shape[1:3], xp=jnp, table_shape=table)
+    patches = patches.reshape(patches.shape[0], -1, width) + learned[None].astype(self.dtype)
+    first = jnp.broadcast_to((cls + pos[:, :1]).astype(self.dtype), (patches.shape[0], 1, width))
+    return jnp.concatenate([first, patches], axis=1)
+
+  def _blocks(self, x: Array, *, train: bool, mask: Array | None, attention_layers: tuple[int, ...]) -> tuple[Array, Array, dict[int, Array]]:
+    size = self.size()
+    make: Callable[..., Block] = lambda **kw: Block(size.heads, size.mlp_dim, self.layernorm_eps, self.gelu, self.dtype, **kw)  # noqa: E731
+    if self.is_initializing():
+      for i in range(size.depth):
+        make(name=f"block_{i}")(x)
+    params = [self.variables["params"][f"block_{i}"] for i in range(size.depth)]
+    rates = np.linspace(0.0, self.drop_path, size.depth)
+    key = self.make_rng("drop_path") if train and self.drop_path > 0 and not self.is_initializing() else None
+    keys = None if key is None else jax.random.split(key, size.depth)
+    block = make(parent=None)
+
+    def body(x: Array, p: Params, rate: Array, key: Array | None) -> Array:
+      return block.apply({"params": p}, x, rate=rate, key=key, mask=mask)[0]
+
+    if self.remat != "none":
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+      body = jax.checkpoint(body, policy=policy)
+    if self.scan and not attention_layers:
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+      def step(x: Array, layer: tuple) -> tuple[Array, Array]:
+        x = body(x, *layer)
+        return x, x[:, 0]
+
+      x, cls = jax.lax.scan(step, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
+      return x, cls.swapaxes(0, 1), {}
+    cls, weights = [], {}
+    for i in range(size.depth):
+      layer_key = None if keys is None else keys[i]
+      if i in attention_layers:
+        x, weights[i] = block.apply({"params": params[i]}, x, rate=rates[i], key=layer_key, mask=mask, return_weights=True)
+      else:
+        x = body(x, params[i], rates[i], layer_key)
+      cls.append(x[:, 0])
+    return x, jnp.stack(cls, axis=1), weights

@@ -1,0 +1,29 @@
+"""Classification losses against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_ssl.losses.classify import accuracy, cross_entropy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_equals_its_definition_with_smoothed_one_hot_targets(smoothing):
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
+  target = np.eye(5)[labels] * (1 - smoothing) + smoothing / 5
+  log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  loss, gradient = jax.value_and_grad(cross_entropy)(jnp.asarray(logits), labels=jnp.asarray(labels), label_smoothing=smoothing)
+  assert float(loss) == pytest.approx(-np.mean(np.sum(target * log_p, 1)), rel=1e-5)
+  np.testing.assert_allclose(gradient, (np.exp(log_p) - target) / 9, atol=1e-6)
+
+
+def test_cross_entropy_of_huge_bfloat16_logits_is_finite_and_in_float32():
+  loss = cross_entropy(jnp.asarray([[3e4, -3e4]], jnp.bfloat16), labels=jnp.asarray([1]))
+  assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(6e4, rel=0.01)
+
+
+def test_accuracy_is_the_share_of_hits_and_the_first_of_equals_counts():
+  logits = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [2.0, 2.0]])
+  assert float(accuracy(logits, labels=jnp.asarray([0, 0, 0, 1]))) == 0.5

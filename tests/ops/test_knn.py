@@ -1,0 +1,72 @@
+"""Nearest neighbours: reference votes, ties, chunks and shards."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from big_ssl.ops import knn
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "dino_knn.npz")
+
+
+def mesh_of(data, fsdp, tensor=1):
+  devices = jax.devices()[: data * fsdp * tensor]
+  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@pytest.mark.parametrize("k", [int(k) for k in GOLDEN["ks"]])
+def test_predictions_votes_and_accuracies_match_the_reference(k):
+  temperature, labels = float(GOLDEN["T"]), GOLDEN["test_labels"]
+  found = knn.nearest(GOLDEN["test_features"], bank=GOLDEN["train_features"], k=20, bank_chunk=70, query_chunk=50)
+  vote = knn.votes(found, labels=GOLDEN["train_labels"], k=k, temperature=temperature, num_classes=int(GOLDEN["num_classes"]))
+  np.testing.assert_array_equal(vote.argmax(1), GOLDEN[f"k{k}/pred"])
+  np.testing.assert_allclose(vote * np.exp(found.similarity[:, :1] / temperature), GOLDEN[f"k{k}/votes"], rtol=1e-5)
+  assert knn.top_k_accuracy(vote, labels=labels, k=1) == pytest.approx(float(GOLDEN[f"k{k}/top1"]), abs=1e-4)
+  assert knn.top_k_accuracy(vote, labels=labels, k=5) == pytest.approx(float(GOLDEN[f"k{k}/top5_strict"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(1, 1), (7, 5), (300, 120), (1000, 1000)])
+def test_chunk_sizes_change_nothing(chunks):
+  bank, queries = GOLDEN["train_features"], GOLDEN["test_features"]
+  expected = np.argsort(-(queries.astype(np.float64) @ bank.T.astype(np.float64)), axis=1, kind="stable")[:, :9]
+  if chunks == (1, 1):
+    bank, queries = bank[:12], queries[:3]
+    expected = np.argsort(-(queries.astype(np.float64) @ bank.T.astype(np.float64)), axis=1, kind="stable")[:, :9]
+  found = knn.nearest(queries, bank=bank, k=9, bank_chunk=chunks[0], query_chunk=chunks[1])
+  np.testing.assert_array_equal(found.index, expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 2, 2), (3, 1)])
+def test_a_bank_spread_over_devices_gives_the_same_neighbors_and_ties_go_to_the_lower_index(shape):
+  rng = np.random.default_rng(0)
+  bank = rng.integers(-1, 2, (101, 3)).astype(np.float32)  # many exact ties
+  queries = rng.integers(-1, 2, (10, 3)).astype(np.float32)
+  expected = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :30]
+  for mesh in (None, mesh_of(*shape)):
+    found = knn.nearest(queries, bank=bank, k=30, mesh=mesh, bank_chunk=4, query_chunk=6)
+    np.testing.assert_array_equal(found.index, expected)
+    np.testing.assert_array_equal(found.similarity, np.take_along_axis(queries @ bank.T, expected, axis=1))
+
+
+def test_k_may_be_the_whole_bank_and_no_more():
+  bank = np.eye(5, dtype=np.float32)
+  assert sorted(knn.nearest(bank[:1], bank=bank, k=5, mesh=mesh_of(8, 1)).index[0]) == [0, 1, 2, 3, 4]
+  with pytest.raises(ValueError, match="k=6 of 5"):
+    knn.nearest(bank[:1], bank=bank, k=6)
+  assert knn.nearest(bank[:0], bank=bank, k=2).index.shape == (0, 2)
+
+
+def test_a_tiny_temperature_votes_with_the_nearest_and_does_not_overflow():
+  found = knn.Neighbors(np.array([[0.1, -0.8, -0.8]], np.float32), np.array([[0, 1, 2]]))
+  vote = knn.votes(found, labels=np.array([2, 1, 1]), k=3, temperature=1e-3, num_classes=3)
+  assert np.isfinite(vote).all() and vote.argmax() == 2
+  wide = knn.votes(found, labels=np.array([2, 1, 1]), k=3, temperature=10.0, num_classes=3)
+  assert wide.argmax() == 1
+
+
+def test_top_five_does_not_credit_a_class_without_a_vote():
+  vote = np.array([[3.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+  assert knn.top_k_accuracy(vote, labels=np.array([1, 1]), k=5) == 50.0
