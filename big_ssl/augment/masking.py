@@ -29,7 +29,8 @@ def keep_indices(key: Array, *, tokens: int, ratio: float, batch: int | None = N
     raise UserError(f"masking: ratio={ratio!r}: expected a share of the patches in [0, 1).")
   kept = math.floor(tokens * (1.0 - ratio) + 1e-6)  # 10 * (1 - .9) is below 1 in floating point
   if kept < 1:
-    raise UserError(f"masking: ratio={ratio!r} of {tokens} patches leaves none; at most {1 - 1 / max(tokens, 1):.3g} can go.")
+    most = 1 - 1 / max(tokens, 1)
+    raise UserError(f"masking: ratio={ratio!r} of {tokens} patches leaves none; at most {most:.3g} can go.")
   draw = lambda k: jax.random.permutation(k, tokens)[:kept].astype(jnp.int32)  # noqa: E731
   if batch is None:
     return draw(key)

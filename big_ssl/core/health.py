@@ -19,7 +19,7 @@ def distribution(probabilities: Array, *, name: str) -> Metrics:
 
   Returns:
     name + "_entropy": mean entropy / ln K; 0 one-hot, 1 uniform.
-    name + "_mean_entropy": entropy of the mean / ln K; 0 all rows choose one prototype, 1 all prototypes are used alike.
+    name + "_mean_entropy": entropy of the mean / ln K; 0 all rows choose one prototype, 1 all are used alike.
     name + "_use": distinct argmax / min(N, K).
     name + "_max": mean of the largest probability.
   """
@@ -69,7 +69,7 @@ def _unit(z: Array) -> Array:
 
 
 def first_nonfinite(tree: PyTree) -> Array:
-  """Index, in flattening order, of the first leaf with a NaN or an infinity; -1 where all is finite. int32 scalar."""
+  """Index, in flattening order, of the first leaf with a NaN or an infinity; -1 where there is none. int32 scalar."""
   leaves = jax.tree.leaves(tree)
   if not leaves:
     return jnp.int32(-1)
@@ -120,7 +120,7 @@ def judge(metrics: Mapping[str, float], *, thresholds: HealthConfig) -> Verdict:
   """The gravest finding in one line of metrics; what a method does not log is not judged.
 
   Args:
-    metrics: from the step: "loss", "skipped", "std", "rank", "agreement", and "target_*" or "teacher_*" of `distribution`.
+    metrics: from the step: "loss", "skipped", "std", "rank", "agreement"; "target_*" or "teacher_*" of `distribution`.
     thresholds: from `config.health`.
   """
   findings = _nonfinite(metrics) + _embeddings(metrics, thresholds)
@@ -154,10 +154,18 @@ def _embeddings(metrics: Mapping[str, float], t: HealthConfig) -> list[Verdict]:
   found = []
   if rank < t.min_rank:
     text = f"dimensional collapse: embeddings fill {rank:.1f} dimensions."
-    found.append(Verdict("warning", text, "Strengthen the augmentation, raise the batch size or the regularizer, lower the weight decay."))
+    found.append(
+      Verdict(
+        "warning", text, "Strengthen the augmentation, raise the batch size or the regularizer, lower the weight decay."
+      )
+    )
   if metrics.get("agreement", 0.0) > t.max_agreement:
-    text = f"trivial agreement: student and teacher give the same embedding (cosine {metrics['agreement']:.4f}), though images differ."
-    found.append(Verdict("warning", text, "The views are probably equal: check that crops and augmentation differ between the two sides."))
+    text = f"trivial agreement: student and teacher give the same embedding (cosine {metrics['agreement']:.4f})."
+    found.append(
+      Verdict(
+        "warning", text, "The views are probably equal: check that crops and augmentation differ between the two sides."
+      )
+    )
   return found
 
 
@@ -166,12 +174,24 @@ def _assignments(metrics: Mapping[str, float], name: str, t: HealthConfig) -> li
   use = metrics.get(f"{name}_use", 1.0)
   if entropy > t.max_entropy:
     text = f"uniform collapse: every {name} is spread over all prototypes (entropy {entropy:.3f} of ln K)."
-    return [Verdict("collapsed", text, f"Sharpen: lower the temperature of the {name}, then the learning rate; use fewer prototypes on small data.")]
+    return [
+      Verdict(
+        "collapsed",
+        text,
+        f"Sharpen: lower the temperature of the {name}, then the learning rate; use fewer prototypes on small data.",
+      )
+    ]
   if mean_entropy < t.min_mean_entropy:
-    text = f"one-prototype collapse: every image falls to the same prototype (entropy of the mean {name} {mean_entropy:.3f} of ln K)."
+    text = f"one-prototype collapse: all images share one (entropy of the mean {name} {mean_entropy:.3f} of ln K)."
     hint = "Balance the targets: turn Sinkhorn or centering on, or raise the weight of the mean-entropy term."
     return [Verdict("collapsed", text, hint)]
   if use < t.min_use:
     text = f"few prototypes are alive ({use:.3f} of those a batch could use)."
-    return [Verdict("warning", text, "Balance the targets: Sinkhorn, or a larger weight of the mean-entropy term; or use fewer prototypes.")]
+    return [
+      Verdict(
+        "warning",
+        text,
+        "Balance the targets: Sinkhorn, or a larger weight of the mean-entropy term; or use fewer prototypes.",
+      )
+    ]
   return []

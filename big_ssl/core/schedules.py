@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step; `xp` is jax.numpy (float32) inside the jitted step, or numpy (float64) outside."""
+"""Schedules as pure functions of the step; `xp` is jax.numpy (float32) inside the step, numpy (float64) outside."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def warmup_cosine(
   """Linear from `start` to `peak` over `warmup` steps, then a cosine to `final` at `total`.
 
   Args:
-    step: the update, from 0. MSN (arXiv 2204.07141, released code) steps its scheduler before the update: pass step + 1, and
-      1.25 times the training as `total`.
+    step: the update, from 0. MSN (arXiv 2204.07141, released code) steps its scheduler before the update: pass
+      step + 1, and 1.25 times the training as `total`.
     inclusive: the warm-up is DINO's and SwAV's linspace that includes both ends, so that the peak is used twice, at
       `warmup` - 1 and at `warmup`. In either form `final` is reached at `total` only, which is after the last update.
   """
@@ -51,7 +51,9 @@ def warmup_cosine(
   return xp.where(step < warmup, up, down)
 
 
-def piecewise(step: Number, *, start: float, factor: float, boundaries: tuple[float, ...], xp: ModuleType = jnp) -> Number:
+def piecewise(
+  step: Number, *, start: float, factor: float, boundaries: tuple[float, ...], xp: ModuleType = jnp
+) -> Number:
   """start * factor^n, n being how many of the `boundaries` (in steps) the step has reached."""
   dtype = xp.float32 if xp is jnp else xp.float64
   passed = sum((xp.asarray(step >= b, dtype) for b in boundaries), xp.zeros(xp.shape(step), dtype))
@@ -89,7 +91,9 @@ class ScheduleConfig:
   boundaries: tuple[float, ...] = ()
   factor: float = 0.1
 
-  def build(self, total_steps: int, *, batch_size: int = 1, examples: int = 1, path: str = "schedule") -> Callable[..., Number]:
+  def build(
+    self, total_steps: int, *, batch_size: int = 1, examples: int = 1, path: str = "schedule"
+  ) -> Callable[..., Number]:
     """Returns `value(step, xp=jnp)`.
 
     Args:

@@ -27,7 +27,7 @@ _PER_COPY = 2 * _TRIES + 3  # area and aspect per try, y and x, flip
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-  """The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of uint64 in which every bit flips half of all."""
+  """The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of uint64 that spreads every bit over all."""
   with np.errstate(over="ignore"):
     x = (x + _GOLDEN).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
@@ -145,7 +145,7 @@ def indices(
 def _checked(given: np.ndarray, size: int, epoch: int) -> np.ndarray:
   given = np.asarray(given)
   if given.shape != (size,) or not np.issubdtype(given.dtype, np.integer):
-    raise UserError(f"plan of epoch {epoch}: {given.dtype} {given.shape}; expected [{size}] integers, one per position.")
+    raise UserError(f"plan of epoch {epoch}: {given.dtype} {given.shape}; expected [{size}] integers, one per example.")
   if given.min() < 0 or given.max() >= size:
     raise UserError(f"plan of epoch {epoch}: index {given.min()} to {given.max()}; the source holds 0 to {size - 1}.")
   return given.astype(np.int64)
@@ -218,10 +218,9 @@ def _center(view: View, sizes: np.ndarray) -> np.ndarray:
   height, width = sizes[:, 0], sizes[:, 1]
   target = np.rint(np.asarray(view.shape) / view.center_fraction).astype(np.int64)
   tight_y = target[0] * width >= target[1] * height
-  resized = np.stack(
-    [np.where(tight_y, target[0], target[1] * height // width), np.where(tight_y, target[0] * width // height, target[1])],
-    -1,
-  )
+  resized_y = np.where(tight_y, target[0], target[1] * height // width)
+  resized_x = np.where(tight_y, target[0] * width // height, target[1])
+  resized = np.stack([resized_y, resized_x], -1)
   output = np.asarray(view.shape)
   pixel = sizes / resized
   side = np.maximum(output * pixel, 1.0)

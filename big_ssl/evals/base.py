@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from big_ssl.core.types import Interval
+from big_ssl.core.types import Interval, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """features [N, D] float32; labels [N] int32 or None; index [N] rows of the source."""
+  """Features of a split.
+
+  Attributes:
+    features: [N, D] float32.
+    labels: [N] int32, -1 for an image without one; None where the data has none.
+    index: [N] rows of the source.
+    source: data and transform in words, for the protocol; may be "".
+  """
 
   features: np.ndarray
   labels: np.ndarray | None
   index: np.ndarray
+  source: str = ""
 
 
 class Extract(Protocol):
-  """Features of a whole split, by the current or the random weights."""
+  """Features of a whole split under the method's evaluation view.
 
-  def __call__(self, split: str, *, output: str = "pooled", weights: str = "current") -> Features: ...
+  `output` is a key of `Method.features`, or "pixels", the view itself; `weights` "random" is the initialisation.
+  """
+
+  def __call__(
+    self, split: Literal["train", "eval"], *, output: str = "pooled", weights: Literal["current", "random"] = "current"
+  ) -> Features: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,4 +62,62 @@ class Evaluator(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
-    """Evaluates the features that `extract` gives."""
+    """Evaluates the features that `extract` gives; every process calls it and gets the same report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Labeled features to fit on and to score, and the prefix of their metrics."""
+
+  prefix: str
+  train: Features
+  held_out: Features
+
+
+def pairs(extract: Extract, *, output: str, baselines: bool) -> Iterator[Pair]:
+  """The current features, then the yardsticks: the random initialisation and standardised raw pixels.
+
+  Images without a label (None, or -1) are left out; nothing is yielded where that leaves none.
+
+  Raises:
+    UserError: features that are not finite, or a label below -1.
+  """
+  kinds = [("", output, "current")]
+  if baselines:
+    kinds += [("random_init/", output, "random"), ("raw_pixels/", "pixels", "current")]
+  for prefix, name, weights in kinds:
+    train, held_out = (labeled(extract(split, output=name, weights=weights), name=name) for split in ("train", "eval"))
+    if train is None or held_out is None:
+      return
+    if name == "pixels":
+      train, held_out = _standardize(train, held_out)
+    yield Pair(prefix, train, held_out)
+
+
+def labeled(features: Features, *, name: str) -> Features | None:
+  """The rows that have a label; None where there are none."""
+  if features.labels is None or not np.any(features.labels >= 0):
+    return None
+  bad = int(np.sum(~np.all(np.isfinite(features.features), axis=1)))
+  if bad:
+    raise UserError(
+      f"config.evals: output '{name}' is not finite for {bad} of {len(features.features)} images; the weights diverged."
+    )
+  keep = features.labels >= 0
+  if keep.all():
+    return features
+  return dataclasses.replace(
+    features, features=features.features[keep], labels=features.labels[keep], index=features.index[keep]
+  )
+
+
+def _standardize(train: Features, held_out: Features) -> tuple[Features, Features]:
+  """Each dimension less its mean over the training images, divided by its deviation there."""
+  mean, std = train.features.mean(0), train.features.std(0) + 1e-6
+  scale = lambda f: dataclasses.replace(f, features=(f.features - mean) / std)  # noqa: E731
+  return scale(train), scale(held_out)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+  """Rows of `x` [N, D] divided by their Euclidean norm."""
+  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from big_ssl.core.types import UserError
-from big_ssl.evals.base import Evaluator, Extract, Features, Report
+from big_ssl.evals.base import Evaluator, Extract, Pair, Report, pairs, unit
 from big_ssl.ops import knn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Evaluator):
-  """Top-1 accuracy in percent of the weighted vote of the k nearest training images.
+  """Accuracy in percent of the weighted vote of the k nearest training images, by cosine.
+
+  Reports "top1_k20" and, with more than five classes, "top5_k20", which credits only classes that got a vote (DINO's
+  script credits others in the order of a sort).
 
   Attributes:
     k: neighbours; several values share one search.
     temperature: T of the weights exp(cosine / T).
-    max_bank: use only the first so many training images; 0 is all.
+    max_bank: use only so many training images, drawn once and for all; 0 is all.
     baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
   """
 
@@ -29,54 +32,50 @@ class Knn(Evaluator):
   baselines: bool = False
 
   def __post_init__(self):
-    if min(self.ks) < 1:
+    if not self.ks or min(self.ks) < 1:
       raise UserError(f"config.evals.knn.k={self.k}: expected at least 1.")
     if self.temperature <= 0:
       raise UserError(f"config.evals.knn.temperature={self.temperature}: expected a positive number.")
+    if self.max_bank < 0:
+      raise UserError(f"config.evals.knn.max_bank={self.max_bank}: expected a number of images, or 0 for all.")
 
   @property
   def ks(self) -> tuple[int, ...]:
     return (self.k,) if isinstance(self.k, int) else tuple(self.k)
 
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
-    del mesh
-    bank, queries = extract("train", output=self.output), extract("eval", output=self.output)
-    if bank.labels is None or queries.labels is None:
-      return Report({}, "k-NN not computed: the data has no labels")
-    size = min(len(bank.features), self.max_bank or len(bank.features))
-    if max(self.ks) > size:
-      raise UserError(f"config.evals.knn.k={max(self.ks)}: more neighbours than the {size} images of the bank.")
-    metrics = self._score(bank, queries, "")
-    if self.baselines:
-      random = {"output": self.output, "weights": "random"}
-      metrics |= self._score(extract("train", **random), extract("eval", **random), "random_init/")
-      metrics |= self._score(*_standardize(extract("train", output="pixels"), extract("eval", output="pixels")), "raw_pixels/")
-    protocol = (
-      f"weighted k-NN, cosine, k={','.join(map(str, self.ks))}, T={self.temperature:g}, output '{self.output}' l2-normalised,"
-      f" center crop, bank {size} training images, {len(queries.features)} held-out queries"
-    )
+    metrics, protocol = {}, "k-NN not computed: the data has no labels"
+    for pair in pairs(extract, output=self.output, baselines=self.baselines):
+      bank = self._bank_rows(len(pair.train.features))
+      metrics |= self._score(pair, bank, mesh)
+      if not pair.prefix:
+        protocol = self._protocol(pair, len(bank))
     return Report(metrics, protocol)
 
-  def _score(self, bank: Features, queries: Features, prefix: str) -> dict[str, float]:
-    limit = self.max_bank or len(bank.features)
-    labels = bank.labels[:limit]
+  def _bank_rows(self, count: int) -> np.ndarray:
+    size = min(count, self.max_bank or count)
+    if max(self.ks) > size:
+      raise UserError(f"config.evals.knn.k={max(self.ks)}: more neighbours than the {size} images of the bank.")
+    # Drawn, not the first: folders are sorted by class.
+    return np.arange(count) if size == count else np.sort(np.random.default_rng(0).permutation(count)[:size])
+
+  def _score(self, pair: Pair, bank: np.ndarray, mesh: Any) -> dict[str, float]:
+    labels, queries = pair.train.labels[bank], pair.held_out
     classes = int(max(labels.max(), queries.labels.max())) + 1
-    found = knn.nearest(_unit(queries.features), bank=_unit(bank.features[:limit]), k=max(self.ks))
+    found = knn.nearest(unit(queries.features), bank=unit(pair.train.features[bank]), k=max(self.ks), mesh=mesh)
     out = {}
     for k in self.ks:
       vote = knn.votes(found, labels=labels, k=k, temperature=self.temperature, num_classes=classes)
-      out[f"{prefix}top1_k{k}"] = knn.top_k_accuracy(vote, labels=queries.labels, k=1)
+      out[f"{pair.prefix}top1_k{k}"] = knn.top_k_accuracy(vote, labels=queries.labels, k=1)
       if classes > 5:
-        out[f"{prefix}top5_k{k}"] = knn.top_k_accuracy(vote, labels=queries.labels, k=5)
+        out[f"{pair.prefix}top5_k{k}"] = knn.top_k_accuracy(vote, labels=queries.labels, k=5)
     return out
 
-
-def _unit(x: np.ndarray) -> np.ndarray:
-  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _standardize(bank: Features, queries: Features) -> tuple[Features, Features]:
-  """Raw pixels with the mean and deviation of the bank's every dimension taken out."""
-  mean, std = bank.features.mean(0), bank.features.std(0) + 1e-6
-  scaled = lambda f: dataclasses.replace(f, features=(f.features - mean) / std)  # noqa: E731
-  return scaled(bank), scaled(queries)
+  def _protocol(self, pair: Pair, bank: int) -> str:
+    source = f", {pair.held_out.source}" if pair.held_out.source else ""
+    return (
+      f"weighted k-NN, cosine, k={','.join(map(str, self.ks))}, T={self.temperature:g}, output '{self.output}'"
+      f" ({pair.train.features.shape[1]} dimensions, l2-normalised) of the evaluation view without augmentation,"
+      f" bank {bank} of {len(pair.train.features)} training images,"
+      f" {len(pair.held_out.features)} held-out queries{source}"
+    )

@@ -12,7 +12,13 @@ from big_ssl.ops.normalize import l2_normalize
 
 @flax.struct.dataclass
 class NTXent:
-  """Attributes: loss: scalar; per_anchor: [2B], unscaled; accuracy: share of anchors whose positive is the most similar."""
+  """Value of `nt_xent`.
+
+  Attributes:
+    loss: scalar.
+    per_anchor: [2B], unscaled.
+    accuracy: share of all anchors whose positive is the most similar of the 2B - 1 others.
+  """
 
   loss: Array
   per_anchor: Array
@@ -48,4 +54,6 @@ def nt_xent(z: Array, *, temperature: float | Array, loss_scale: float = 1.0) ->
   s = jnp.where(anchor[:, None] == anchor[None, :], -jnp.inf, s)
   per_anchor = jax.nn.logsumexp(s, axis=-1) - positive
   hits = jnp.argmax(s, axis=-1) == (anchor + rows // 2) % rows
-  return NTXent(loss=loss_scale * jnp.mean(per_anchor), per_anchor=per_anchor, accuracy=jnp.mean(hits, dtype=jnp.float32))
+  return NTXent(
+    loss=loss_scale * jnp.mean(per_anchor), per_anchor=per_anchor, accuracy=jnp.mean(hits, dtype=jnp.float32)
+  )

@@ -15,9 +15,9 @@ from big_ssl.ops.normalize import l2_normalize
 def assign(z: Array, prototypes: Array, *, temperature: float | Array, label_smoothing: float = 0.0) -> Array:
   """Soft assignment by cosine: log(softmax(cos(z, q) / temperature) Y).
 
-  Y is the label matrix of the prototypes: 1 - s + s/K on the diagonal, s/K elsewhere; since rows of the softmax sum to 1
-  the product is (1 - s) p + s/K and no K x K matrix is made. Without smoothing it is a plain log_softmax, finite for
-  every finite input.
+  Y is the label matrix of the prototypes: 1 - s + s/K on the diagonal, s/K elsewhere; since rows of the softmax sum to
+  1, the product is (1 - s) p + s/K and no K x K matrix is made. Without smoothing it is a plain log_softmax, finite
+  for every finite input.
 
   Args:
     z: [N, D], any length and float dtype.

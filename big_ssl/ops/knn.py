@@ -63,11 +63,20 @@ def nearest(
     block = np.asarray(queries[start : start + query_chunk], np.float32)
     size = len(block)
     block = _put(np.pad(block, ((0, query_chunk - size), (0, 0))), mesh, P())
-    found, where = _search(block, resident, jnp.int32(count) if mesh is None else _put(np.int32(count), mesh, P()), k=k, chunk=chunk, mesh=mesh)
+    found, where = _search(
+      block,
+      resident,
+      jnp.int32(count) if mesh is None else _put(np.int32(count), mesh, P()),
+      k=k,
+      chunk=chunk,
+      mesh=mesh,
+    )
     similarity.append(np.asarray(found)[:size])
     index.append(np.asarray(where)[:size])
   empty = np.zeros((0, k))
-  return Neighbors(np.concatenate([empty.astype(np.float32), *similarity]), np.concatenate([empty.astype(np.int32), *index]))
+  return Neighbors(
+    np.concatenate([empty.astype(np.float32), *similarity]), np.concatenate([empty.astype(np.int32), *index])
+  )
 
 
 def _put(x: np.ndarray, mesh: Mesh | None, spec: P) -> Array:
@@ -91,7 +100,9 @@ def _search(queries: Array, bank: Array, count: Array, *, k: int, chunk: int, me
     best, position = jax.lax.top_k(best, k)
     return best, jnp.take_along_axis(index, position, axis=1)
 
-  return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(axes), P()), out_specs=(P(), P()), check_vma=False)(queries, bank, count)
+  return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(axes), P()), out_specs=(P(), P()), check_vma=False)(
+    queries, bank, count
+  )
 
 
 def _scan(queries: Array, bank: Array, count: Array, first: Array, *, k: int, chunk: int) -> tuple[Array, Array]:

@@ -62,7 +62,8 @@ def test_the_blur_is_near_that_of_pil_in_the_mean(radius):
 @pytest.mark.parametrize("name", ["imagenet", "swav", "cifar_paws"])
 def test_normalize_is_that_of_torchvision(name):
   mean, std = PIL[f"normalise/{name}_mean_std"].tolist()
-  np.testing.assert_allclose(color.normalize(IMAGE, mean=tuple(mean), std=tuple(std)), PIL[f"normalise/{name}"], atol=2e-6)
+  normalized = color.normalize(IMAGE, mean=tuple(mean), std=tuple(std))
+  np.testing.assert_allclose(normalized, PIL[f"normalise/{name}"], atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from big_ssl.augment.masking import keep_indices
 from big_ssl.core.types import UserError
 
 
-@pytest.mark.parametrize("tokens,ratio,kept", [(196, 0.15, 166), (196, 0.7, 58), (10, 0.9, 1), (7, 0.0, 7), (100, 0.3, 70)])
+@pytest.mark.parametrize(
+  "tokens,ratio,kept", [(196, 0.15, 166), (196, 0.7, 58), (10, 0.9, 1), (7, 0.0, 7), (100, 0.3, 70)]
+)
 def test_the_floor_of_the_kept_share_stays(tokens, ratio, kept):
   indices = np.asarray(keep_indices(jax.random.key(0), tokens=tokens, ratio=ratio))
   assert indices.shape == (kept,) and indices.dtype == np.int32

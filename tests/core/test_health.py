@@ -35,7 +35,9 @@ def healthy_targets():
 
 
 def line():
-  return jnp.outer(jnp.linspace(-1, 1, N), jax.random.normal(jax.random.key(2), (D,))) + jax.random.normal(jax.random.key(3), (D,))
+  return jnp.outer(jnp.linspace(-1, 1, N), jax.random.normal(jax.random.key(2), (D,))) + jax.random.normal(
+    jax.random.key(3), (D,)
+  )
 
 
 CONSTANT = jnp.broadcast_to(jax.random.normal(jax.random.key(4), (D,)), (N, D))
@@ -43,7 +45,11 @@ PLANTED = {
   "uniform collapse": ("collapsed", "Sharpen", dict(probabilities=jnp.full((N, K), 1 / K))),
   "one-prototype collapse": ("collapsed", "Sinkhorn", dict(probabilities=jax.nn.one_hot(jnp.full(N, 7), K))),
   "few prototypes": ("warning", "fewer prototypes", dict(probabilities=jax.nn.one_hot(jnp.arange(N) % 2, K))),
-  "constant embedding": ("collapsed", "learning rate", dict(z=CONSTANT + 1e-4 * jax.random.normal(jax.random.key(5), (N, D)))),
+  "constant embedding": (
+    "collapsed",
+    "learning rate",
+    dict(z=CONSTANT + 1e-4 * jax.random.normal(jax.random.key(5), (N, D))),
+  ),
   "dimensional collapse": ("warning", "augmentation", dict(z=line())),
   "trivial agreement": ("warning", "views", dict(teacher=3 * healthy_embedding())),
   "loss is not finite": ("collapsed", "float32", dict(loss=float("nan"))),
@@ -55,7 +61,9 @@ PLANTED = {
 @pytest.mark.parametrize("words", PLANTED)
 def test_a_planted_collapse_is_named_with_its_remedy(words):
   state, remedy, planted = PLANTED[words]
-  verdict = health.judge(measure(**({"z": healthy_embedding(), "probabilities": healthy_targets()} | planted)), thresholds=HealthConfig())
+  verdict = health.judge(
+    measure(**({"z": healthy_embedding(), "probabilities": healthy_targets()} | planted)), thresholds=HealthConfig()
+  )
   assert verdict.state == state and words in verdict.message and remedy in verdict.hint, verdict
 
 

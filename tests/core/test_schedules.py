@@ -49,7 +49,13 @@ def test_msn_curves_match_the_reference(name):
 @pytest.mark.parametrize("case", [0, 1, 2])
 def test_dino_curves_match_the_reference(case):
   base, final, epochs, per_epoch, warmup, start = DINO[f"case{case}/base_final_epochs_niter_warmup_start"]
-  kwargs = dict(start=float(start), peak=float(base), final=float(final), warmup=int(warmup * per_epoch), total=int(epochs * per_epoch))
+  kwargs = dict(
+    start=float(start),
+    peak=float(base),
+    final=float(final),
+    warmup=int(warmup * per_epoch),
+    total=int(epochs * per_epoch),
+  )
   check(lambda i, xp: schedules.warmup_cosine(i, inclusive=True, xp=xp, **kwargs), DINO[f"case{case}/schedule"])
 
 
@@ -57,7 +63,11 @@ def test_dino_curves_match_the_reference(case):
 def test_dino_teacher_temperature_matches_the_reference(case):
   start, final, warmup, epochs = DINO[f"teacher_temp{case}/start_final_warmup_nepochs"]
   kwargs = dict(start=float(start), final=float(final), total=max(int(warmup) - 1, 1))
-  check(lambda i, xp: schedules.linear(i, xp=xp, **kwargs), DINO[f"teacher_temp{case}/per_epoch"], steps=np.arange(int(epochs)))
+  check(
+    lambda i, xp: schedules.linear(i, xp=xp, **kwargs),
+    DINO[f"teacher_temp{case}/per_epoch"],
+    steps=np.arange(int(epochs)),
+  )
 
 
 def test_byol_curves_match_the_reference():
@@ -98,7 +108,10 @@ def test_warmup_in_epochs_is_resolved_to_steps():
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    (ScheduleConfig(name="warmup_cosine", warmup=Interval(20, "steps")), "config.method.lr.warmup=20steps: 20 steps, but"),
+    (
+      ScheduleConfig(name="warmup_cosine", warmup=Interval(20, "steps")),
+      "config.method.lr.warmup=20steps: 20 steps, but",
+    ),
     (ScheduleConfig(name="step", boundaries=(0.5, 3.0)), r"config.method.lr.boundaries=\(0.5, 3.0\)"),
   ],
 )

@@ -14,7 +14,9 @@ def test_cross_entropy_equals_its_definition_with_smoothed_one_hot_targets(smoot
   logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
   target = np.eye(5)[labels] * (1 - smoothing) + smoothing / 5
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-  loss, gradient = jax.value_and_grad(cross_entropy)(jnp.asarray(logits), labels=jnp.asarray(labels), label_smoothing=smoothing)
+  loss, gradient = jax.value_and_grad(cross_entropy)(
+    jnp.asarray(logits), labels=jnp.asarray(labels), label_smoothing=smoothing
+  )
   assert float(loss) == pytest.approx(-np.mean(np.sum(target * log_p, 1)), rel=1e-5)
   np.testing.assert_allclose(gradient, (np.exp(log_p) - target) / 9, atol=1e-6)
 

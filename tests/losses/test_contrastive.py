@@ -48,7 +48,11 @@ def test_invariant_to_lengths_to_the_order_of_images_and_to_swapping_the_views()
   z = GOLDEN["z"]
   base = float(nt_xent(jnp.asarray(z), temperature=T).loss)
   order = np.random.default_rng(0).permutation(8)
-  for other in (z * np.linspace(0.01, 30, 16)[:, None], np.roll(z, 8, axis=0), z.reshape(2, 8, -1)[:, order].reshape(16, -1)):
+  for other in (
+    z * np.linspace(0.01, 30, 16)[:, None],
+    np.roll(z, 8, axis=0),
+    z.reshape(2, 8, -1)[:, order].reshape(16, -1),
+  ):
     assert float(nt_xent(jnp.asarray(other, jnp.float32), temperature=T).loss) == pytest.approx(base, rel=1e-5)
 
 
@@ -58,7 +62,9 @@ def test_equal_embeddings_give_exactly_the_log_of_the_number_of_candidates(tempe
 
 
 def test_half_precision_at_a_low_temperature_stays_finite():
-  loss, gradient = jax.value_and_grad(lambda z: nt_xent(z, temperature=0.005).loss)(jnp.asarray(GOLDEN["z"], jnp.bfloat16) * 100)
+  loss, gradient = jax.value_and_grad(lambda z: nt_xent(z, temperature=0.005).loss)(
+    jnp.asarray(GOLDEN["z"], jnp.bfloat16) * 100
+  )
   assert bool(jnp.isfinite(loss)) and bool(jnp.isfinite(gradient).all())
 
 

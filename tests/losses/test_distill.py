@@ -52,7 +52,9 @@ def test_msn_loss_with_other_weights_matches_the_reference():
 
 
 def test_msn_targets_carry_no_gradient():
-  gradient = jax.grad(lambda h: msn(MSN["anchors"], MSN["prototypes"], h, sinkhorn=True).total)(jnp.asarray(MSN["targets"]))
+  gradient = jax.grad(lambda h: msn(MSN["anchors"], MSN["prototypes"], h, sinkhorn=True).total)(
+    jnp.asarray(MSN["targets"])
+  )
   assert float(jnp.abs(gradient).max()) == 0.0
 
 
@@ -62,7 +64,9 @@ def test_msn_loss_is_invariant_to_lengths_and_to_the_order_of_images():
   order = np.random.default_rng(0).permutation(6)
   views = MSN["anchors"].reshape(3, 6, -1)[:, order].reshape(18, -1)
   assert float(msn(MSN["anchors"] * scale, 7 * MSN["prototypes"], sinkhorn=True).total) == pytest.approx(base, abs=1e-5)
-  assert float(msn(views, MSN["prototypes"], MSN["targets"][order], sinkhorn=True).total) == pytest.approx(base, abs=1e-5)
+  assert float(msn(views, MSN["prototypes"], MSN["targets"][order], sinkhorn=True).total) == pytest.approx(
+    base, abs=1e-5
+  )
 
 
 def test_label_smoothing_equals_the_product_with_the_label_matrix():
@@ -75,12 +79,16 @@ def test_label_smoothing_equals_the_product_with_the_label_matrix():
   t = np.asarray(jnp.exp(distill.assign(MSN["targets"], MSN["prototypes"], temperature=0.1)), np.float64) @ labels
   t = t**4 / (t**4).sum(1, keepdims=True)
   np.testing.assert_allclose(out.targets, t, atol=1e-5)
-  np.testing.assert_allclose(out.ce, -np.mean(np.sum(np.tile(t, (3, 1)) * np.log(np.asarray(plain) @ labels), 1)), rtol=1e-5)
+  np.testing.assert_allclose(
+    out.ce, -np.mean(np.sum(np.tile(t, (3, 1)) * np.log(np.asarray(plain) @ labels), 1)), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.002])
 def test_msn_loss_and_gradients_stay_finite_when_probabilities_underflow(temperature):
-  out, gradients = value_and_gradients(temperature=temperature, sharpen=0.02, sinkhorn=True, memax_weight=5.0, entropy_weight=1.0)
+  out, gradients = value_and_gradients(
+    temperature=temperature, sharpen=0.02, sinkhorn=True, memax_weight=5.0, entropy_weight=1.0
+  )
   assert all(bool(jnp.isfinite(x).all()) for x in (out.total, *gradients)), out.total
   assert float(out.targets.min()) == 0.0
 
@@ -157,7 +165,10 @@ def test_dino_loss_gradient_and_center_match_the_reference_over_three_calls():
   views, batch = int(DINO["ncrops"]), int(DINO["batch"])
   center = jnp.asarray(DINO["centre_before_first"])
   for i in range(3):
-    student, teacher = DINO["student_logits"][i].reshape(views, batch, -1), DINO["teacher_logits"][i].reshape(2, batch, -1)
+    student, teacher = (
+      DINO["student_logits"][i].reshape(views, batch, -1),
+      DINO["teacher_logits"][i].reshape(2, batch, -1),
+    )
     loss, gradient = jax.value_and_grad(distill.dino_loss)(
       jnp.asarray(student),
       jnp.asarray(teacher),

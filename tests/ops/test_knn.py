@@ -14,14 +14,18 @@ GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "dino_knn.npz")
 
 def mesh_of(data, fsdp, tensor=1):
   devices = jax.devices()[: data * fsdp * tensor]
-  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(
+    (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
 
 
 @pytest.mark.parametrize("k", [int(k) for k in GOLDEN["ks"]])
 def test_predictions_votes_and_accuracies_match_the_reference(k):
   temperature, labels = float(GOLDEN["T"]), GOLDEN["test_labels"]
   found = knn.nearest(GOLDEN["test_features"], bank=GOLDEN["train_features"], k=20, bank_chunk=70, query_chunk=50)
-  vote = knn.votes(found, labels=GOLDEN["train_labels"], k=k, temperature=temperature, num_classes=int(GOLDEN["num_classes"]))
+  vote = knn.votes(
+    found, labels=GOLDEN["train_labels"], k=k, temperature=temperature, num_classes=int(GOLDEN["num_classes"])
+  )
   np.testing.assert_array_equal(vote.argmax(1), GOLDEN[f"k{k}/pred"])
   np.testing.assert_allclose(vote * np.exp(found.similarity[:, :1] / temperature), GOLDEN[f"k{k}/votes"], rtol=1e-5)
   assert knn.top_k_accuracy(vote, labels=labels, k=1) == pytest.approx(float(GOLDEN[f"k{k}/top1"]), abs=1e-4)

@@ -1,0 +1,153 @@
+"""Logistic regression on a few labeled images per class (MSN, arXiv 2204.07141, section 5; logistic_eval.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+
+from big_ssl.core.types import UserError
+from big_ssl.evals.base import Evaluator, Extract, Features, Pair, Report, pairs, unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowShot(Evaluator):
+  """Accuracy in percent, mean over splits ("top1_5img") and its deviation ("top1_5img_std").
+
+  Attributes:
+    images_per_class: how many labeled images of each class; several values are evaluated one after the other.
+    splits: draws of the labeled images; three in the paper.
+    seed: of the draws, which depend on nothing else.
+    l2: lambda; the penalty is lambda / (2 n) ||W||^2 beside the mean cross-entropy of n images.
+    baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
+  """
+
+  images_per_class: int | tuple[int, ...] = (1, 2, 5)
+  splits: int = 3
+  seed: int = 0
+  l2: float = 2.5e-4
+  baselines: bool = False
+
+  def __post_init__(self):
+    if not self.counts or min(self.counts) < 1:
+      raise UserError(f"config.evals.lowshot.images_per_class={self.images_per_class}: expected at least 1.")
+    if self.splits < 1:
+      raise UserError(f"config.evals.lowshot.splits={self.splits}: expected at least 1.")
+    if self.l2 <= 0:
+      raise UserError(
+        f"config.evals.lowshot.l2={self.l2}: expected a positive number; without a penalty there is no minimum."
+      )
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    return (self.images_per_class,) if isinstance(self.images_per_class, int) else tuple(self.images_per_class)
+
+  def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
+    del mesh  # a few images per class fit on the host
+    metrics, protocol = {}, "low-shot logistic regression not computed: the data has no labels"
+    for pair in pairs(extract, output=self.output, baselines=self.baselines):
+      metrics |= self._score(pair)
+      if not pair.prefix:
+        protocol = self._protocol(pair)
+    return Report(metrics, protocol)
+
+  def _protocol(self, pair: Pair) -> str:
+    source = f", {pair.held_out.source}" if pair.held_out.source else ""
+    return (
+      f"logistic regression without intercept, lambda={self.l2:g}, {','.join(map(str, self.counts))} images per class,"
+      f" {self.splits} splits of seed {self.seed}, output '{self.output}' ({pair.train.features.shape[1]} dimensions,"
+      f" each image centered by its own mean and l2-normalised) of the evaluation view without augmentation,"
+      f" {len(pair.held_out.features)} held-out images{source}"
+    )
+
+  def _score(self, pair: Pair) -> dict[str, float]:
+    classes = int(max(pair.train.labels.max(), pair.held_out.labels.max())) + 1
+    test = preprocess(pair.held_out.features)
+    out = {}
+    for count in self.counts:
+      accuracies = []
+      for split in range(self.splits):
+        rows = draw(pair.train, count=count, classes=classes, seed=(self.seed, count, split))
+        fitted = fit_logistic(
+          preprocess(pair.train.features[rows]), labels=pair.train.labels[rows], num_classes=classes, l2=self.l2
+        )
+        accuracies.append(100.0 * float(np.mean(np.argmax(test @ fitted.weights, axis=1) == pair.held_out.labels)))
+      out[f"{pair.prefix}top1_{count}img"] = float(np.mean(accuracies))
+      out[f"{pair.prefix}top1_{count}img_std"] = float(np.std(accuracies))
+    return out
+
+
+def draw(train: Features, *, count: int, classes: int, seed: tuple[int, ...]) -> np.ndarray:
+  """Rows of `count` images of each class.
+
+  Raises:
+    UserError: a class has fewer images than that.
+  """
+  rng = np.random.default_rng(seed)
+  rows = []
+  for label in range(classes):
+    members = np.flatnonzero(train.labels == label)
+    if len(members) < count:
+      raise UserError(
+        f"config.evals.lowshot.images_per_class={count}: class {label} of {classes} has {len(members)} training images."
+      )
+    rows.append(rng.permutation(members)[:count])
+  return np.concatenate(rows)
+
+
+def preprocess(features: np.ndarray) -> np.ndarray:
+  """Each row [N, D] less its OWN mean over the dimensions, then l2-normalised; float64."""
+  x = np.asarray(features, np.float64)
+  return unit(x - x.mean(axis=1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """weights [D, C] float64 and the objective there."""
+
+  weights: np.ndarray
+  objective: float
+
+
+def fit_logistic(x: np.ndarray, *, labels: np.ndarray, num_classes: int, l2: float) -> Fitted:
+  """The unique minimum of (1/n) sum cross-entropy + l2 / (2 n) ||W||^2, no intercept (scikit-learn's C = 1 / l2).
+
+  Args:
+    x: [n, D] preprocessed features.
+    labels: [n] integers; each of 0 ... num_classes - 1 is there.
+    num_classes: C, at least 2.
+    l2: lambda.
+
+  Raises:
+    UserError: fewer than two classes, or a class without an image.
+  """
+  missing = np.setdiff1d(np.arange(num_classes), labels)
+  if num_classes < 2:
+    raise UserError("config.evals.lowshot: the data has one class, at least 2 are needed.")
+  if len(missing):
+    raise UserError(
+      f"config.evals.lowshot: no training image of class {missing[0]} ({len(missing)} of {num_classes} are missing)."
+    )
+  n, dims = x.shape
+  x = np.asarray(x, np.float64)
+  target = np.eye(num_classes)[labels]  # [n, C]
+
+  def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    weights = flat.reshape(dims, num_classes)
+    logits = x @ weights
+    log_mass = scipy.special.logsumexp(logits, axis=1)
+    value = np.mean(log_mass - np.sum(logits * target, axis=1)) + l2 / (2 * n) * np.sum(weights**2)
+    gradient = x.T @ (np.exp(logits - log_mass[:, None]) - target) / n + l2 / n * weights
+    return value, gradient.ravel()
+
+  found = scipy.optimize.minimize(
+    objective,
+    np.zeros(dims * num_classes),
+    jac=True,
+    method="L-BFGS-B",
+    options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-14, "gtol": 1e-8, "maxcor": 20},
+  )
+  return Fitted(found.x.reshape(dims, num_classes), float(found.fun))

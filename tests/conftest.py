@@ -1,0 +1,27 @@
+"""Eight simulated devices, a compilation cache, and the goldens."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """golden("msn_loss") -> the arrays of tests/goldens/msn_loss.npz by key."""
+
+  def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(ROOT / "tests" / "goldens" / f"{name}.npz", allow_pickle=False) as z:
+      return {k: z[k] for k in z.files}
+
+  return load
