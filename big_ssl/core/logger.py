@@ -9,27 +9,31 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from big_ssl.core.types import UserError
 
 PARTS = ("data", "step", "checkpoint", "eval", "compile", "other")
-_PEAK_FLOPS = {  # dense bfloat16, from the vendors' data sheets
+_PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, from the vendors' data sheets
   "H200": 989e12,
   "H100": 989e12,
+  "H100 PCIe": 756e12,
+  "H100 NVL": 835e12,
   "A100": 312e12,
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,  # the v5p's own name
   "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
   """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (CPU)."""
-  return next((v for k, v in _PEAK_FLOPS.items() if k in device_kind), None)
+  known = [kind for kind in _PEAK_FLOPS if kind in device_kind]
+  return _PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class Logger:
@@ -40,9 +44,21 @@ class Logger:
     total_steps, examples_per_epoch, batch_size: for epoch, speed and ETA.
     write: whether this process writes and prints.
     terminal: show a live progress bar; None decides by whether stdout is a terminal.
+
+  Raises:
+    UserError: `workdir` or metrics.jsonl cannot be written (here and from every method that logs).
   """
 
-  def __init__(self, workdir: pathlib.Path, *, total_steps: int, examples_per_epoch: int, batch_size: int, write: bool = True, terminal: bool | None = None):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    total_steps: int,
+    examples_per_epoch: int,
+    batch_size: int,
+    write: bool = True,
+    terminal: bool | None = None,
+  ):
     self._total, self._examples, self._batch_size, self._write = total_steps, examples_per_epoch, batch_size, write
     self._directory = pathlib.Path(workdir)
     self._file = self._directory / "metrics.jsonl"
@@ -50,18 +66,24 @@ class Logger:
     self._stack = ["other"]
     self._mark = self._start = time.perf_counter()
     self._last: dict[str, float] = dict(self._seconds)
+    self._resumed: dict[str, float] = dict(self._seconds)
     self._first_step = self._last_step = 0
-    self._flops = self._peak = None
-    self._writer: Any = None
+    self._flops: float | None = None
+    self._peak: float | None = None
+    self._whole_lines = False  # whether the end of metrics.jsonl has been looked at
+    self._writer: Any = None  # False after it failed or was closed
     if write:
-      self._directory.mkdir(parents=True, exist_ok=True)
-    self._progress = _bar(total_steps) if write and (sys.stdout.isatty() if terminal is None else terminal) else None
+      with _one_line_error(self._directory):
+        self._directory.mkdir(parents=True, exist_ok=True)
+    terminal = sys.stdout.isatty() if terminal is None else terminal
+    self._progress = _bar(total_steps) if write and terminal else None
 
   # Time
 
   @contextlib.contextmanager
   def timer(self, part: str) -> Iterator[None]:
     """Counts the time inside to `part`; an inner timer pauses the outer one, so that parts add up to the wall time."""
+    assert part in PARTS, part
     self._switch()
     self._stack.append(part)
     try:
@@ -75,20 +97,24 @@ class Logger:
     self._seconds[self._stack[-1]] += now - self._mark
     self._mark = now
 
-  def summary(self) -> str:
-    """Seconds and share of every part, and images per second of training."""
+  def seconds(self) -> dict[str, float]:
+    """Seconds of every part of `PARTS` until now; their sum is the wall time."""
     self._switch()
-    wall = time.perf_counter() - self._start
-    lines = ["time        seconds   share"]
-    lines += [f"{part:<10} {self._seconds[part]:>8.1f} {self._seconds[part] / max(wall, 1e-9):>7.1%}" for part in PARTS]
-    lines.append(f"{'wall':<10} {wall:>8.1f}")
-    steps, training = self._last_step - self._first_step, self._seconds["data"] + self._seconds["step"]
+    return dict(self._seconds)
+
+  def summary(self) -> str:
+    """Seconds and share of every part, and images per second of training (data and step alone)."""
+    seconds = self.seconds()
+    wall = sum(seconds.values())
+    rows = [(part, f"{s:.1f}", f"{s / max(wall, 1e-9):.1%}") for part, s in seconds.items()]
+    text = _columns(("time", "seconds", "share"), [*rows, ("wall", f"{wall:.1f}", "")])
+    steps, training = self._last_step - self._first_step, seconds["data"] + seconds["step"]
     if steps > 0:
-      lines.append(f"{steps * self._batch_size / max(training, 1e-9):,.0f} images/s over {steps} steps")
-    return "\n".join(lines)
+      text += f"\n{steps * self._batch_size / max(training, 1e-9):,.0f} images/s over {steps} steps"
+    return text
 
   def flops(self, per_step: float | None, peak: float | None) -> None:
-    """FLOPs of a step on one device and the device's peak, for `mfu`."""
+    """FLOPs of a step on one device and the device's peak, for `mfu`; None where not known."""
     self._flops, self._peak = per_step, peak
 
   # Numbers
@@ -96,65 +122,94 @@ class Logger:
   def resume(self, step: int) -> None:
     """Drops the lines of metrics.jsonl after `step`, torn ones too, as if the run had never been cut off."""
     self._first_step = self._last_step = step
+    self._resumed = self._last = self.seconds()
     if self._progress:
       self._progress.update(0, completed=step)
-    if not self._write or not self._file.exists():
-      return
-    kept = []
-    for line in self._file.read_text(errors="replace").splitlines():
-      with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-        if json.loads(line)["step"] <= step:
-          kept.append(line)
-    temporary = self._file.with_suffix(".tmp")
-    self._guard(lambda: (temporary.write_text("".join(k + "\n" for k in kept)), os.replace(temporary, self._file)))
+    self._keep(lambda row: row["step"] <= step)
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
-    """One line: the metrics, the epoch, speed, share of the time spent waiting for data, and the ETA."""
-    self._switch()
-    spent = {k: v - self._last[k] for k, v in self._seconds.items()}
-    self._last = dict(self._seconds)
-    training = spent["data"] + spent["step"]
-    steps = step - self._last_step
-    self._last_step = step
+    """One line: the metrics, the epoch, speed, share of the time spent waiting for data, and the ETA.
+
+    Speed and utilization (`mfu`) are over the time of data and step since the last line; compilation, checkpoints
+    and evaluations do not count.
+
+    Args:
+      step: finished updates.
+      metrics: scalars by name, "loss" and "lr" among them; a word such as "health" is kept as it is.
+    """
+    seconds = self.seconds()
+    data, update = (seconds[part] - self._last[part] for part in ("data", "step"))
+    training, steps = data + update, step - self._last_step
+    self._last, self._last_step = seconds, step
     rate = steps * self._batch_size / training if training > 0 else 0.0
-    row = {"step": step, "epoch": step * self._batch_size / max(self._examples, 1)} | metrics
-    row |= {"images_per_sec": rate, "data_wait_fraction": spent["data"] / training if training > 0 else 0.0}
-    if self._flops and self._peak and spent["step"] > 0:
-      row["mfu"] = self._flops * steps / spent["step"] / self._peak
+    row = {"step": step, "epoch": step * self._batch_size / max(self._examples, 1)}
+    row |= {name: _plain(value) for name, value in metrics.items()}
+    row |= {"images_per_sec": rate, "data_wait_fraction": data / training if training > 0 else 0.0}
+    if self._flops and self._peak and training > 0:
+      row["mfu"] = self._flops * steps / training / self._peak
     self._append(row)
     self._scalars(step, row)
-    remaining = (self._total - step) * training / max(steps, 1)
-    line = f"step {step}/{self._total}  epoch {row['epoch']:.2f}  loss {metrics.get('loss', math.nan):.4f}  lr {metrics.get('lr', 0.0):.2e}"
-    line += f"  {rate:,.0f} img/s  data {row['data_wait_fraction']:.0%}"
-    line += f"  health: {metrics['health']}" if "health" in metrics else ""
-    self._say(f"{line}  ETA {_duration(remaining)}")
+    self._say(self._line(row))
     if self._progress:
       self._progress.update(0, completed=step)
 
+  def _line(self, row: dict[str, Any]) -> str:
+    parts = [f"step {row['step']}/{self._total}", f"epoch {row['epoch']:.1f}"]
+    parts += [f"loss {row['loss']:.3f}"] if "loss" in row else []
+    parts += [f"lr {row['lr']:.1e}"] if "lr" in row else []
+    parts += [f"{row['images_per_sec']:,.0f} img/s", f"data {row['data_wait_fraction']:.0%}"]
+    parts += [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
+    parts += [f"health: {row['health']}"] if "health" in row else []
+    # The pace since the start, evaluations and checkpoints in it: the last line's alone would promise too much.
+    pace = sum(self._seconds[part] - self._resumed[part] for part in PARTS if part != "compile")
+    steps = row["step"] - self._first_step
+    parts += [f"ETA {_duration(pace / steps * (self._total - row['step']))}"] if steps > 0 else []
+    return "  ".join(parts)
+
   def log_eval(self, step: int, name: str, metrics: dict[str, float], protocol: str) -> None:
-    """An evaluation: its numbers, and its protocol beside them."""
-    row = {"step": step} | {f"eval/{name}/{k}": v for k, v in metrics.items()} | {f"eval/{name}/protocol": protocol}
+    """An evaluation: its numbers, and its protocol beside them.
+
+    Done again at the step from which the run was resumed, it replaces the line that is there.
+    """
+    key = f"eval/{name}/protocol"
+    if step == self._first_step:
+      self._keep(lambda row: row["step"] != step or key not in row)
+    scores = {k: _plain(v) for k, v in metrics.items()}
+    row = {"step": step} | {f"eval/{name}/{k}": v for k, v in scores.items()} | {key: protocol}
     self._append(row)
-    self._scalars(step, {k: v for k, v in row.items() if k not in ("step", f"eval/{name}/protocol")})
-    width = max((len(k) for k in metrics), default=0)
-    self._say("\n".join([f"eval {name} at step {step}: {protocol}", *(f"  {k:<{width}}  {v:6.2f}" for k, v in metrics.items())]))
+    self._scalars(step, row)
+    width = max((len(k) for k in scores), default=0)
+    self._say("\n".join([f"eval {name} at step {step}: {protocol}", *(f"  {k:<{width}}  {v:6.2f}" for k, v in scores.items())]))
 
   def _append(self, row: dict[str, Any]) -> None:
     if not self._write:
       return
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-    def write() -> None:
+    with _one_line_error(self._file):
+      if not self._whole_lines:
+        _cut_torn_line(self._file)
+        self._whole_lines = True
       with self._file.open("a") as f:
-        f.write(json.dumps(clean) + "\n")
+        f.write(json.dumps(clean, allow_nan=False) + "\n")
 
-    self._guard(write)
-
-  def _guard(self, write: Any) -> None:
-    try:
-      write()
-    except OSError as error:
-      raise UserError(f"{self._file}: cannot be written: {error.strerror or error}.") from None
+  def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites metrics.jsonl with the wanted rows alone, in one move; a line that is not a row is dropped."""
+    if not self._write:
+      return
+    with _one_line_error(self._file):
+      if not self._file.exists():
+        return
+      lines, kept = self._file.read_text(errors="replace").splitlines(), []
+      for line in lines:
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+          if wanted(json.loads(line)):
+            kept.append(line)
+      temporary = self._file.with_suffix(".tmp")
+      with temporary.open("w") as f:
+        f.write("".join(k + "\n" for k in kept))
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(temporary, self._file)
 
   def _scalars(self, step: int, row: dict[str, Any]) -> None:
     """TensorBoard through clu; a missing or failing writer is said once and never stops a run."""
@@ -164,13 +219,14 @@ class Logger:
       if self._writer is None:
         from clu import metric_writers
 
+        with contextlib.suppress(KeyError, RuntimeError):  # tensorflow would take the memory of the GPUs
+          sys.modules["tensorflow"].config.set_visible_devices([], "GPU")
         self._writer = metric_writers.SummaryWriter(str(self._directory))
-      values = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-      self._writer.write_scalars(step, values)
+      self._writer.write_scalars(step, {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"})
       self._writer.flush()
     except Exception as error:  # tensorflow and its file systems raise many kinds
       self._writer = False
-      self.notice(f"no TensorBoard events: {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}")
+      self.notice(f"no TensorBoard events: {next(iter(str(error).splitlines()), type(error).__name__)[:160]}")
 
   # Words
 
@@ -180,29 +236,71 @@ class Logger:
   def warning(self, text: str) -> None:
     self._say(f"warning: {text}")
 
+  def table(self, title: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Prints `rows` under `title` in aligned columns; the first row is the head."""
+    head, *body = [[str(cell) for cell in row] for row in rows] or [[]]
+    self._say(f"{title}\n{_columns(head, body)}")
+
   def _say(self, text: str) -> None:
     if not self._write:
       return
     if self._progress:
-      self._progress.console.print(text, markup=False, highlight=False)
+      self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
       print(text, flush=True)
 
   def close(self) -> None:
+    """Ends the bar and the event file; a second call does nothing."""
     if self._progress:
       self._progress.stop()
+      self._progress = None
     if self._writer:
       with contextlib.suppress(Exception):  # the numbers are in metrics.jsonl
         self._writer.close()
     self._writer = False
 
 
+@contextlib.contextmanager
+def _one_line_error(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written: {error.strerror or error}.") from None
+
+
+def _cut_torn_line(file: pathlib.Path) -> None:
+  """Cuts what a killed process left after the last whole line: the next row would be glued to it."""
+  if not file.exists():
+    return
+  content = file.read_bytes()
+  whole = content.rfind(b"\n") + 1
+  if whole < len(content):
+    os.truncate(file, whole)
+
+
+def _plain(value: Any) -> Any:
+  """Numbers of numpy and jax as Python's own, which JSON takes."""
+  return value.item() if hasattr(value, "item") else value
+
+
+def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """Left column flush left, the others flush right."""
+  lines = [head, *rows]
+  widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+  return "\n".join(
+    "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=False))).rstrip()
+    for line in lines
+  )
+
+
 def _bar(total: int) -> Any:
   try:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
   except ImportError:
     return None
-  progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+  columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+  progress = Progress(*columns, console=Console(force_terminal=True), transient=True, refresh_per_second=2)
   progress.add_task("training", total=total)
   progress.start()
   return progress
