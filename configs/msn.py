@@ -27,23 +27,24 @@ def sprites() -> dict:
   return dict(
     seed=0,
     batch_size=128,
-    total="700steps",
-    log_every="20steps",
+    total="1400steps",
+    log_every="50steps",
     method=dict(
       name="msn",
-      num_prototypes=128,
+      num_prototypes=64,
       output_dim=64,
       hidden_dim=256,
       rand_size=32,
       focal_size=16,
       focal_views=6,
+      momentum=0.98,
       eval_fraction=1.0,
     ),
     model=dict(name="vit", variant="custom", width=96, depth=4, heads=3, mlp_dim=384, patch=8, image_size=32, patch_init="msn", pos_rule="msn"),
     data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
-    optim=optimizer(lr=1e-3, start_lr=2e-4, warmup="50steps"),
-    checkpoint=dict(every="200steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True)),
+    optim=optimizer(lr=2e-3, start_lr=2e-4, warmup="50steps"),
+    checkpoint=dict(every="350steps", keep_last=2),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="700steps", baselines=True)),
   )
 
 

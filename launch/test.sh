@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./launch/test.sh [pytest arguments]: installs into .venv on the first call, then runs the tests on the CPU.
 set -euo pipefail
-export ACCELERATOR=${ACCELERATOR:-cpu} JAX_PLATFORMS=cpu
-source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-install requirements.txt requirements-test.txt
-exec .venv/bin/python -m pytest "$@"
+source "$(dirname -- "${BASH_SOURCE[0]}")/install.sh"
+ACCELERATOR=${ACCELERATOR:-cpu} install requirements.txt requirements-test.txt
+[ $# -gt 0 ] || set -- -q
+JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest "$@"

@@ -25,3 +25,11 @@ def golden():
       return {k: z[k] for k in z.files}
 
   return load
+
+
+@pytest.fixture(scope="session")
+def mesh8():
+  """The engine's mesh of eight devices, all of them on the data axis."""
+  import jax
+
+  return jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)

@@ -25,7 +25,7 @@ ENGINE_FIELDS = {"model", "total_steps", "steps_per_epoch", "image_channels", "n
 
 def abstract_run(name: str, recipe: str) -> setup.Run:
   """The recipe as it is, on a few rendered images instead of its data."""
-  overrides = {"data.source": "sprites", "data.train_examples": 64, "data.eval_examples": 16, "data.image_size": 32}
+  overrides = {"data.source": "sprites", "data.train_examples": 64, "data.eval_examples": 16, "data.image_size": 32, "optim.warmup": "0steps"}
   if "fsdp" in str(engine.load(name, recipe).mesh):
     overrides["mesh.fsdp"] = 1
   return setup.make_run(engine.load(name, recipe, **overrides), devices=jax.devices()[:1])
@@ -48,8 +48,8 @@ def test_full_recipe_has_a_valid_step_and_the_recorded_parameter_table(name, rec
 
 
 @functools.cache
-def six_steps(name: str, devices: int = 1):
-  return engine.train_steps(engine.small(name), devices=devices)
+def six_steps(name: str):
+  return engine.train_steps(engine.small(name))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -82,11 +82,15 @@ def test_no_gradient_reaches_the_extra_state(name):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_eight_devices_agree_with_one(name):
-  state1, history1 = six_steps(name)
-  state8, history8 = six_steps(name, 8)
-  np.testing.assert_allclose([h["loss"] for h in history8], [h["loss"] for h in history1], rtol=1e-5)
-  assert int(state1.step) == int(state8.step) == 6
+def test_eight_and_four_devices_agree_with_one(name):
+  # SGD: Adam turns the rounding of gradients that are exactly zero in truth (key biases, biases before BN) into whole steps.
+  config = engine.small(name, **{"optim.name": "sgd", "optim.lr": 0.05, "total": "4steps"})
+  state1, history1 = engine.train_steps(config)
+  for devices in (4, 8):
+    state, history = engine.train_steps(config, devices=devices)
+    np.testing.assert_allclose([h["loss"] for h in history], [h["loss"] for h in history1], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

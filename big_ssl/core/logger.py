@@ -160,8 +160,8 @@ class Logger:
     parts += [f"{row['images_per_sec']:,.0f} img/s", f"data {row['data_wait_fraction']:.0%}"]
     parts += [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
     parts += [f"health: {row['health']}"] if "health" in row else []
-    # The pace since the start, evaluations and checkpoints in it: the last line's alone would promise too much.
-    pace = sum(self._seconds[part] - self._resumed[part] for part in PARTS if part != "compile")
+    # With evaluations and checkpoints, which come again; compilation and slow imports ("other") do not.
+    pace = sum(self._seconds[part] - self._resumed[part] for part in ("data", "step", "checkpoint", "eval"))
     steps = row["step"] - self._first_step
     parts += [f"ETA {_duration(pace / steps * (self._total - row['step']))}"] if steps > 0 else []
     return "  ".join(parts)
@@ -179,7 +179,8 @@ class Logger:
     self._append(row)
     self._scalars(step, row)
     width = max((len(k) for k in scores), default=0)
-    self._say("\n".join([f"eval {name} at step {step}: {protocol}", *(f"  {k:<{width}}  {v:6.2f}" for k, v in scores.items())]))
+    lines = [f"  {k:<{width}}  {v:6.2f}" for k, v in scores.items()]
+    self._say("\n".join([f"eval {name} at step {step}: {protocol}", *lines]))
 
   def _append(self, row: dict[str, Any]) -> None:
     if not self._write:
@@ -197,7 +198,7 @@ class Logger:
     if not self._write:
       return
     with _one_line_error(self._file):
-      if not self._file.exists():
+      if not self._file.is_file():
         return
       lines, kept = self._file.read_text(errors="replace").splitlines(), []
       for line in lines:
@@ -222,7 +223,8 @@ class Logger:
         with contextlib.suppress(KeyError, RuntimeError):  # tensorflow would take the memory of the GPUs
           sys.modules["tensorflow"].config.set_visible_devices([], "GPU")
         self._writer = metric_writers.SummaryWriter(str(self._directory))
-      self._writer.write_scalars(step, {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"})
+      scalars = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+      self._writer.write_scalars(step, scalars)
       self._writer.flush()
     except Exception as error:  # tensorflow and its file systems raise many kinds
       self._writer = False
@@ -270,12 +272,14 @@ def _one_line_error(path: pathlib.Path) -> Iterator[None]:
 
 def _cut_torn_line(file: pathlib.Path) -> None:
   """Cuts what a killed process left after the last whole line: the next row would be glued to it."""
-  if not file.exists():
+  if not file.is_file():
     return
-  content = file.read_bytes()
-  whole = content.rfind(b"\n") + 1
-  if whole < len(content):
-    os.truncate(file, whole)
+  with file.open("rb+") as f:
+    size = f.seek(0, os.SEEK_END)
+    start = max(0, size - 2**20)  # far more than a row
+    f.seek(start)
+    tail = f.read(size - start)
+    f.truncate(start + tail.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:
@@ -287,18 +291,16 @@ def _columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   """Left column flush left, the others flush right."""
   lines = [head, *rows]
   widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
-  return "\n".join(
-    "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=False))).rstrip()
-    for line in lines
-  )
+  aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=False)] for line in lines]
+  for line, cells in zip(lines, aligned, strict=True):
+    cells[:1] = [line[0].ljust(widths[0])] if line else []
+  return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def _bar(total: int) -> Any:
-  try:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-  except ImportError:
-    return None
+  from rich.console import Console
+  from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
   columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
   progress = Progress(*columns, console=Console(force_terminal=True), transient=True, refresh_per_second=2)
   progress.add_task("training", total=total)

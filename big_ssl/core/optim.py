@@ -86,7 +86,7 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, exa
     peak=config.lr * factor,
     final=config.final_lr * factor,
     warmup=warmup if config.schedule == "warmup_cosine" else 0,
-    total=total_steps * config.stretch,
+    total=int(total_steps * config.stretch),
   )
 
 
@@ -98,7 +98,7 @@ def weight_decay(config: OptimConfig, *, total_steps: int) -> Callable[[Array], 
     step + config.schedule_offset,
     start=config.weight_decay,
     final=config.weight_decay_final,
-    total=total_steps * config.stretch,
+    total=int(total_steps * config.stretch),
   )
 
 

@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: planned in numpy, read and decoded by tf.data, or by threads without tensorflow."""
+"""Batches as a pure function of the step: planned in numpy, read and decoded by tf.data, or by plain threads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ _MAX_REPLACEMENTS = 32  # bad images in a row before the source is given up
 class Pipeline:
   """One stream of batches over a source; `batch(step)` and `iterate` give the same.
 
-  A raw batch holds, for the b rows of this process: "index" int32 [b]; the requested keys; for every view v + "/box" float32
-  [b, count, 4] (y0, x0, height, width in pixels) and v + "/flip" bool [b, count]. The pixels come in one of three ways:
-  "canvas" uint8 [b, S, S, C] and "size" int32 [b, 2] (crop="device"); v + "/pixels" uint8 [b, count, h, w, C], already cut
-  (crop="host"); or not at all, when `resident` holds the images of the source, which then live on the device.
+  A raw batch holds, for the b rows of this process, "index" int32 [b], the requested keys, and of every view v one of
+
+    crop="device": v + "/box" float32 [b, count, 4] (y0, x0, height, width in pixels), v + "/flip" bool [b, count];
+      with "canvas" uint8 [b, S, S, C] and "size" int32 [b, 2], unless `resident` holds the images of the source, which
+      then live on the device;
+    crop="host": v + "/pixels" uint8 [b, count, h, w, C], already cut; box and flip where `return_box` asks for them.
+
   Sequential streams have "valid" bool [b]: False past the end, and for an unreadable image that another one replaces.
 
   Attributes:
@@ -54,12 +57,14 @@ class Pipeline:
     self._seed = seed if not stream else int(plan.uniforms(seed, stream, np.zeros(1, np.uint64), 1)[0, 0] * 2**31)
     self._threads, self._prefetch = threads or os.cpu_count() or 1, prefetch
     self.resident = source.images if crop == "device" else None
-    extras = getattr(source, "extras", {})
-    self._extras = {"label": source.labels} | dict(extras)
+    self._extras = {"label": source.labels} | source.extras
     for key in inputs.keys:
       if self._extras.get(key) is None:
         have = [k for k, v in self._extras.items() if v is not None]
-        raise UserError(f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs; it has {', '.join(have) or 'images only'}.")
+        raise UserError(
+          f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs;"
+          f" it has {', '.join(have) or 'images only'}."
+        )
 
   # Planning
 
@@ -69,7 +74,9 @@ class Pipeline:
   def _indices(self, positions: np.ndarray) -> np.ndarray:
     return plan.indices(self._inputs.sampler, positions, size=len(self._source), seed=self._seed, order=self._order)
 
-  def _finish(self, positions: np.ndarray, wanted: np.ndarray, used: np.ndarray, sizes: np.ndarray, pixels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  def _finish(
+    self, positions: np.ndarray, wanted: np.ndarray, used: np.ndarray, sizes: np.ndarray, pixels: dict[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
     batch: dict[str, np.ndarray] = {"index": used.astype(np.int32)}
     for key in self._inputs.keys:
       batch[key] = np.asarray(self._extras[key])[used]
@@ -87,29 +94,34 @@ class Pipeline:
 
   def _load(self, index: int) -> tuple[np.ndarray, int, int, int]:
     """Canvas, height, width and the index really read: a bad image is listed, and the next one takes its place."""
-    for offset in range(_MAX_REPLACEMENTS):
+    tried, reason = min(_MAX_REPLACEMENTS, len(self._source)), ""
+    for offset in range(tried):
       i = (index + offset) % len(self._source)
       try:
         placed = place(self._source.pixels(i, canvas=self._canvas), canvas=self._canvas)
         return placed.pixels, placed.height, placed.width, i
       except BadImage as error:
         self._source.report(i, str(error))
-    raise UserError(f"{self._source.describe()['name']}: {_MAX_REPLACEMENTS} unreadable images in a row, the first {self._source.name(index)}.")
+        reason = reason or str(error)
+    where = f"{self._source.describe()['name']}: no readable image near {self._source.name(index)}"
+    raise UserError(f"{where}: {tried} in a row cannot be read, the first because: {reason}.")
 
   def _cut(self, canvas: np.ndarray, height: int, width: int, position: int) -> list[np.ndarray]:
     """crop="host": the views of one image, [count, h, w, C] each, by the same matrices as on the device."""
-    out = []
     sizes = np.array([[height, width]])
-    high = np.iinfo(canvas.dtype).max
-    image = np.moveaxis(canvas, -1, 0).astype(np.float32)
+    image = np.moveaxis(canvas[:height, :width], -1, 0).astype(np.float32)  # [C, H, W]
+    out = []
     for view in self._inputs.views:
       boxes = plan.boxes(view, sizes, seed=self._seed, positions=np.array([position]))
+      box, flip = boxes.box[0], boxes.flip[0]
       limit = (height, width) if view.crop == "center" else (None, None)
-      kwargs: dict[str, Any] = {"interpolation": view.interpolation, "xp": np, "canvas": self._canvas}
-      rows = axis_weights(boxes.box[0, :, 0], boxes.box[0, :, 2], size=view.shape[0], limit=limit[0], **kwargs)
-      columns = axis_weights(boxes.box[0, :, 1], boxes.box[0, :, 3], size=view.shape[1], limit=limit[1], flip=boxes.flip[0], **kwargs)
-      cut = np.matmul(np.matmul(rows[:, None], image[None]), columns[:, None].swapaxes(-1, -2))
-      out.append(np.clip(np.moveaxis(cut, 1, -1) + 0.5, 0, high).astype(canvas.dtype))
+      kwargs: dict[str, Any] = {"interpolation": view.interpolation, "xp": np}
+      rows = axis_weights(box[:, 0], box[:, 2], size=view.shape[0], canvas=height, limit=limit[0], **kwargs)
+      columns = axis_weights(
+        box[:, 1], box[:, 3], size=view.shape[1], canvas=width, limit=limit[1], flip=flip, **kwargs
+      )
+      cut = np.stack([_resample(image, r, c) for r, c in zip(rows, columns, strict=True)])
+      out.append(np.clip(cut + 0.5, 0, np.iinfo(canvas.dtype).max).astype(canvas.dtype))
     return out
 
   def _element(self, position: int, index: int) -> tuple[list[np.ndarray], int, int, int]:
@@ -129,12 +141,7 @@ class Pipeline:
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows of the batch of `step`."""
-    if self.resident is not None:
-      return self._resident_batch(step)
-    positions = self._positions(step)
-    indices = self._indices(positions)
-    with ThreadPoolExecutor(self._threads) as pool:
-      return self._collect(positions, indices, list(pool.map(self._element, positions.tolist(), indices.tolist())))
+    return next(self._batches(step, step + 1))[1]
 
   def _collect(self, positions: np.ndarray, indices: np.ndarray, elements: list) -> dict[str, np.ndarray]:
     sizes = np.array([(h, w) for _, h, w, _ in elements])
@@ -165,18 +172,22 @@ class Pipeline:
 
   def iterate(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(step, batch) for start <= step < stop, read ahead."""
+    yield from _ahead(self._batches(start, stop), self._prefetch)
+
+  def _batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     if self.resident is not None:
-      batches = ((step, self._resident_batch(step)) for step in range(start, stop))
-    else:
-      batches = self._tensorflow(start, stop) if _has_tensorflow() else self._threaded(start, stop)
-    yield from _ahead(batches, self._prefetch)
+      return ((step, self._resident_batch(step)) for step in range(start, stop))
+    return self._tensorflow(start, stop) if self._source.encoded and _has_tensorflow() else self._threaded(start, stop)
 
   def _threaded(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     with ThreadPoolExecutor(self._threads) as pool:
       for step in range(start, stop):
         positions = self._positions(step)
         indices = self._indices(positions)
-        yield step, self._collect(positions, indices, list(pool.map(self._element, positions.tolist(), indices.tolist())))
+        yield (
+          step,
+          self._collect(positions, indices, list(pool.map(self._element, positions.tolist(), indices.tolist()))),
+        )
 
   def _tensorflow(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     from big_ssl.data.fast import decoded
@@ -227,6 +238,14 @@ class Pipeline:
       yield step, self._finish(positions, indices, used, sizes, dict(zip(self._pixel_keys, pixels, strict=True)))
 
 
+def _resample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  """rows [h, H] @ image [C, H, W] @ columns [w, W].T as [h, w, C], without the pixels that no weight touches."""
+  y, x = (np.flatnonzero(weights.any(axis=0)) for weights in (rows, columns))
+  y, x = slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+  cut = np.matmul(np.matmul(rows[:, y], image[:, y, x]), columns[:, x].T)
+  return np.moveaxis(cut, 0, -1)
+
+
 def _has_tensorflow() -> bool:
   try:
     import tensorflow  # noqa: F401
@@ -257,7 +276,8 @@ def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
     except BaseException as error:  # handed to the consumer, which raises it
       put("error", error)
 
-  threading.Thread(target=draw, daemon=True).start()
+  thread = threading.Thread(target=draw, daemon=True)
+  thread.start()
   try:
     while True:
       kind, value = ready.get()
@@ -268,3 +288,4 @@ def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
       yield value
   finally:
     stop.set()
+    thread.join(timeout=10)  # a thread inside tensorflow when the interpreter goes down would abort it

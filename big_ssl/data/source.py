@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-import glob
 import hashlib
 import pathlib
-import struct
-import tarfile
 import threading
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from big_ssl.core.types import UserError, nearest
-from big_ssl.data import decode, sprites
+from big_ssl.data import decode, listing, sprites, tfrecord
+from big_ssl.data.listing import Listing
+from big_ssl.data.plan import permute
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-HELD_OUT = 10  # of a labelled source without an evaluation split, every tenth example is held out
+HELD_OUT = 10  # of a labeled source without an evaluation split, one example in ten is held out
+_NPZ_SPLITS = {  # split -> accepted keys of the images, of the labels; the order is that of preference
+  "train": (("x_train", "images", "x"), ("y_train", "labels", "y")),
+  "test": (("x_test",), ("y_test",)),
+  "val": (("x_val",), ("y_val",)),
+}
 
 
 class DataSource(abc.ABC):
   """Examples by index.
 
   Attributes:
-    labels: int32 [N], or None.
+    labels: int32 [N], -1 where an image has none; or None.
     class_names: of the labels, or ().
     channels: of the images.
     images: uint8 or uint16 [N, H, W, C] where all of them are in memory, or None.
-    problems: (name, reason) of every image that could not be read so far.
+    extras: further arrays [N, ...] by key.
+    encoded: whether `read` gives encoded bytes.
   """
 
   labels: np.ndarray | None = None
   class_names: tuple[str, ...] = ()
   channels: int = 3
   images: np.ndarray | None = None
+  encoded: bool = False
 
-  def __init__(self):
+  def __init__(self, *, name: str):
+    self.extras: dict[str, np.ndarray] = {}
+    self._title = name
     self._problems: dict[str, str] = {}
     self._lock = threading.Lock()
 
   @property
   def problems(self) -> list[tuple[str, str]]:
-    return sorted(self._problems.items())
+    """(name, reason) of every image that could not be read so far; safe to ask from any thread."""
+    with self._lock:
+      return sorted(self._problems.items())
 
   def report(self, index: int, reason: str) -> None:
     """Remembers a bad image."""
@@ -55,44 +64,54 @@ class DataSource(abc.ABC):
   def __len__(self) -> int: ...
 
   def read(self, index: int) -> bytes:
-    """The encoded bytes of an image; in-memory and Python sources have `pixels` instead."""
+    """The encoded bytes of an image, where `encoded`; raises `decode.BadImage`."""
     raise TypeError(f"{type(self).__name__} has no encoded images")
 
   def pixels(self, index: int, *, canvas: int = 0) -> np.ndarray:
     """Decoded [h, w, C]; raises `decode.BadImage`."""
-    try:
-      data = self.read(index)
-    except OSError as error:
-      raise decode.BadImage(error.strerror or str(error)) from None
-    return decode.decode(data, channels=self.channels, canvas=canvas)
+    return decode.decode(self.read(index), channels=self.channels, canvas=canvas)
 
   def fetch(self, indices: Sequence[int]) -> list[np.ndarray]:
     """The images of some indices, decoded; raises `decode.BadImage`."""
     return [self.pixels(int(i)) for i in indices]
 
   def name(self, index: int) -> str:
+    """What an image is called in messages."""
     return str(index)
 
-  @abc.abstractmethod
   def describe(self) -> dict[str, Any]:
-    """{"name", "count", "hash"}: kept in a checkpoint and compared on resume."""
+    """{"name", "count", "hash"}: kept in a checkpoint and compared on resume, so it holds no path."""
+    return {"name": self._title, "count": len(self), "hash": self._hash()}
+
+  @abc.abstractmethod
+  def _hash(self) -> str: ...
 
 
 class Arrays(DataSource):
-  """Images in memory: uint8 or uint16 [N, H, W, C], C of 1, 3 or more; `extras` are further arrays by key."""
+  """Images in memory: uint8 or uint16 [N, H, W, C] or [N, H, W]; `extras` are further arrays [N, ...] by key."""
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, *, extras: dict[str, np.ndarray] | None = None, name: str = "arrays", class_names: Sequence[str] = ()):
-    super().__init__()
+  def __init__(
+    self,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    extras: dict[str, np.ndarray] | None = None,
+    name: str = "arrays",
+    class_names: Sequence[str] = (),
+  ):
+    super().__init__(name=name)
     images = np.asarray(images)
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16) or not len(images):
-      raise UserError(f"{name}: images {images.shape} {images.dtype}; expected uint8 or uint16 of shape [N, H, W, C], N at least 1.")
-    if labels is not None and len(labels) != len(images):
-      raise UserError(f"{name}: {len(labels)} labels for {len(images)} images.")
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16) or 0 in images.shape:
+      raise UserError(
+        f"{name}: images {images.shape} {images.dtype}; expected uint8 or uint16 of shape [N, H, W, C], N at least 1."
+      )
     self.images, self.channels, self.class_names = images, images.shape[-1], tuple(class_names)
-    self.labels = None if labels is None else np.asarray(labels, np.int32).reshape(-1)
-    self.extras = extras or {}
-    self._name = name
+    self.labels = None if labels is None else _checked_labels(np.asarray(labels), len(images), name)
+    self.extras = {key: np.asarray(values) for key, values in (extras or {}).items()}
+    for key, values in self.extras.items():
+      if len(values) != len(images):
+        raise UserError(f"{name}: {len(values)} rows of '{key}' for {len(images)} images.")
 
   def __len__(self) -> int:
     return len(self.images)
@@ -100,53 +119,76 @@ class Arrays(DataSource):
   def pixels(self, index: int, *, canvas: int = 0) -> np.ndarray:
     return self.images[index]
 
-  def describe(self) -> dict[str, Any]:
+  def _hash(self) -> str:
     digest = hashlib.sha256(str((self.images.shape, str(self.images.dtype))).encode())
     digest.update(np.ascontiguousarray(self.images[:: max(1, len(self) // 1024)]).tobytes())
-    return {"name": self._name, "count": len(self), "hash": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
+
+
+def _checked_labels(labels: np.ndarray, count: int, name: str) -> np.ndarray:
+  if labels.size != count or len(labels) != count:
+    raise UserError(f"{name}: labels of shape {labels.shape} for {count} images; expected one integer each.")
+  whole = labels.reshape(-1)
+  numbers = np.issubdtype(labels.dtype, np.number)
+  if not numbers or not np.array_equal(whole, whole.astype(np.int32)) or whole.min() < -1:
+    raise UserError(f"{name}: labels {labels.dtype}, such as {whole[:3]}; expected class numbers from 0, -1 is none.")
+  return whole.astype(np.int32)
 
 
 class Files(DataSource):
-  """Encoded images somewhere in files: (name, file, offset, size) each; a size of -1 is the whole file."""
+  """Encoded images in a folder or in tars."""
 
-  def __init__(self, entries: Sequence[tuple[str, str, int, int]], labels: np.ndarray | None, *, name: str, class_names: Sequence[str] = (), digest: str = ""):
-    super().__init__()
-    self.entries, self.class_names = entries, tuple(class_names)
-    self.labels = None if labels is None else np.asarray(labels, np.int32)
-    self._name, self._digest = name, digest
+  encoded = True
+
+  def __init__(self, found: Listing, *, name: str):
+    super().__init__(name=name)
+    self._found, self._digest = found, found.digest()
+    self.labels, self.class_names = found.labels, found.class_names
 
   def __len__(self) -> int:
-    return len(self.entries)
+    return len(self._found.names)
 
   def name(self, index: int) -> str:
-    return self.entries[index][0]
+    return self._found.names[index]
 
   def read(self, index: int) -> bytes:
-    _, file, offset, size = self.entries[index]
-    with open(file, "rb") as f:
-      f.seek(offset)
-      return f.read(size)
+    found = self._found
+    try:
+      with open(found.files[index], "rb", buffering=0) as f:
+        f.seek(found.offsets[index])
+        return f.read(found.sizes[index])
+    except OSError as error:
+      raise decode.BadImage(error.strerror or str(error)) from None
 
-  def describe(self) -> dict[str, Any]:
-    digest = self._digest or hashlib.sha256("\n".join(f"{n} {s}" for n, _, _, s in self.entries).encode()).hexdigest()[:16]
-    return {"name": self._name, "count": len(self), "hash": digest}
+  def _hash(self) -> str:
+    return self._digest
 
 
 class Records(Files):
-  """TFRecord examples: an image in "image" or "image/encoded", a label in "label" or "image/class/label"."""
+  """tf.train.Examples: an image in "image" or "image/encoded", a label in "label" or "image/class/label"."""
+
+  def __init__(self, found: Listing, *, name: str, channels: int = 3):
+    super().__init__(found, name=name)
+    self.channels = channels
 
   def read(self, index: int) -> bytes:
-    return _example(super().read(index))["image"]
+    try:
+      return bytes(tfrecord.parse(super().read(index)).image)
+    except tfrecord.BadRecord as error:
+      raise decode.BadImage(str(error)) from None
 
 
 class Python(DataSource):
-  """Any sequence whose items are an image array, a Pillow image, or a dict with "image" and perhaps "label"."""
+  """Any sequence whose items are an image array, a Pillow image, or a dict with either as "image"."""
 
-  def __init__(self, items: Sequence[Any], *, labels: np.ndarray | None = None, channels: int = 3, name: str = "python"):
-    super().__init__()
+  def __init__(
+    self, items: Sequence[Any], *, labels: np.ndarray | None = None, channels: int = 3, name: str = "python"
+  ):
+    super().__init__(name=name)
     if not len(items):
       raise UserError(f"{name}: the sequence is empty.")
-    self._items, self.labels, self.channels, self._name = items, labels, channels, name
+    self._items, self.channels = items, channels
+    self.labels = None if labels is None else _checked_labels(np.asarray(labels), len(items), name)
 
   def __len__(self) -> int:
     return len(self._items)
@@ -154,27 +196,25 @@ class Python(DataSource):
   def pixels(self, index: int, *, canvas: int = 0) -> np.ndarray:
     try:
       item = self._items[index]
+      item = item["image"] if isinstance(item, dict) else item
     except Exception as error:  # the user's own code may raise anything; the image is skipped and listed
       raise decode.BadImage(f"{type(error).__name__}: {error}"[:120]) from None
-    pixels = np.asarray(item["image"] if isinstance(item, dict) else item)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.ndim != 3 or pixels.dtype not in (np.uint8, np.uint16) or 0 in pixels.shape:
-      raise decode.BadImage(f"{pixels.shape} {pixels.dtype} is not an image")
-    return decode.fit_channels(pixels, self.channels)
+    return decode.from_object(item, channels=self.channels)
 
-  def describe(self) -> dict[str, Any]:
-    return {"name": self._name, "count": len(self), "hash": ""}
+  def _hash(self) -> str:
+    return ""
 
 
 class Subset(DataSource):
   """Some examples of another source."""
 
   def __init__(self, source: DataSource, indices: np.ndarray, *, name: str):
-    super().__init__()
-    self._source, self._indices, self._name = source, np.asarray(indices, np.int64), name
-    self.channels, self.class_names = source.channels, source.class_names
+    super().__init__(name=name)
+    self._source, self._indices = source, np.asarray(indices, np.int64)
+    self.channels, self.class_names, self.encoded = source.channels, source.class_names, source.encoded
     self.labels = None if source.labels is None else source.labels[self._indices]
     self.images = None if source.images is None else source.images[self._indices]
+    self.extras = {key: values[self._indices] for key, values in source.extras.items()}
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -188,8 +228,8 @@ class Subset(DataSource):
   def pixels(self, index: int, *, canvas: int = 0) -> np.ndarray:
     return self._source.pixels(int(self._indices[index]), canvas=canvas)
 
-  def describe(self) -> dict[str, Any]:
-    return self._source.describe() | {"name": self._name, "count": len(self)}
+  def _hash(self) -> str:
+    return self._source.describe()["hash"]
 
 
 # Opening
@@ -208,30 +248,57 @@ def open_splits(
 ) -> dict[str, DataSource]:
   """The sources "train" and "eval" of what `--data` names.
 
-  Without an evaluation split, every tenth labelled example is held out; without labels, training images are evaluated.
+  Without an evaluation split, a fixed tenth of a labeled source is held out (the same for every seed); without labels,
+  or of fewer than 20 images, the training images are evaluated.
+
+  Args:
+    spec: "sprites", "tfds:name", a folder, a .npz, a tar or glob of tars, a TFRecord file or glob.
+    split, eval_split: names of the splits, where the source has them; "" lets the source choose.
+    data_dir: root of prepared TFDS data sets.
+    seed: of the sprites.
+    train_examples, image_size: of the sprites; image_size in pixels.
+    eval_examples: of the sprites (0: 1024), and the most that any source gives (0: all).
 
   Raises:
     UserError: names `spec`, what is wrong and what is near.
   """
   if spec == "sprites":
+    for flag, value, only in (("split", split, "train"), ("eval_split", eval_split, "eval")):
+      if value not in ("", only):
+        raise UserError(f"config.data.{flag}={value!r}: sprites have no such split; expected '{only}'.")
     worlds = {"train": train_examples, "eval": eval_examples or 1024}
     return {k: _sprites(n, seed=seed, split=k, size=image_size) for k, n in worlds.items()}
+  opened = _open(spec, split=split, eval_split=eval_split, data_dir=data_dir)
+  train, held = opened if len(opened) == 2 else _hold_out(opened[0])
+  if eval_examples and len(held) > eval_examples:
+    rows = np.linspace(0, len(held) - 1, eval_examples).astype(int)
+    held = Subset(held, rows, name=f"{held.describe()['name']}, {eval_examples} of it")
+  return {"train": train, "eval": held}
+
+
+def _open(spec: str, *, split: str, eval_split: str, data_dir: str) -> list[DataSource]:
+  """[train, eval], or [train] where there is no evaluation split."""
   if spec.startswith("tfds:"):
     from big_ssl.data import tfds
 
-    pair = tfds.open_pair(spec[5:], split=split or "train", eval_split=eval_split, data_dir=data_dir)
-  elif spec.endswith(".npz"):
-    pair = _npz(spec)
-  elif spec.endswith(".tar") or ".tar" in pathlib.Path(spec).name and "*" in spec or "{" in spec:
-    pair = [_tar(spec)]
-  elif "tfrecord" in pathlib.Path(spec).name:
-    pair = [_tfrecord(spec)]
-  else:
-    pair = _folder(pathlib.Path(spec), split, eval_split)
-  train, held = (pair[0], pair[1]) if len(pair) == 2 else _hold_out(pair[0])
-  if eval_examples and len(held) > eval_examples:
-    held = Subset(held, np.linspace(0, len(held) - 1, eval_examples).astype(int), name=f"{held.describe()['name']}, {eval_examples} of it")
-  return {"train": train, "eval": held}
+    return tfds.open_pair(spec[5:], split=split or "train", eval_split=eval_split, data_dir=data_dir)
+  path = pathlib.Path(spec).expanduser()
+  if path.is_dir():
+    return _files(listing.folder(path), path.resolve().name, where=spec, split=split, eval_split=eval_split)
+  if path.suffix == ".npz":
+    return _npz(str(path), split=split, eval_split=eval_split)
+  if ".tar" in path.name:
+    return _files(listing.tar(str(path)), path.name, where=spec, split=split, eval_split=eval_split)
+  if "tfrecord" in path.name:
+    for flag, value in (("split", split), ("eval_split", eval_split)):
+      if value:
+        raise UserError(f"config.data.{flag}={value!r}: TFRecords have no splits; name the files of one in --data.")
+    return [Records(listing.tfrecords(listing.matches(str(path))), name=path.name)]
+  accepted = "Accepted: a folder, a tar or glob of tars, an .npz, a TFRecord glob, tfds:name, sprites."
+  if path.is_file():
+    raise UserError(f"--data={spec}: a file of no known kind. {accepted}")
+  near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+  raise UserError(f"--data={spec}: no such folder.{nearest(str(path), [*near, 'sprites'])} {accepted}")
 
 
 def _sprites(count: int, *, seed: int, split: str, size: int) -> Arrays:
@@ -240,162 +307,44 @@ def _sprites(count: int, *, seed: int, split: str, size: int) -> Arrays:
   return Arrays(world.image, world.label, extras=extras, name=f"sprites/{split}", class_names=sprites.CLASSES)
 
 
+def _files(found: Listing, name: str, *, where: str, split: str, eval_split: str) -> list[DataSource]:
+  parts = listing.split_by_folder(found, where=where, split=split, eval_split=eval_split)
+  return [Files(part, name=f"{name}/{k}" if k else name) for k, part in parts.items()]
+
+
 def _hold_out(source: DataSource) -> tuple[DataSource, DataSource]:
-  name = source.describe()["name"]
+  """(rest, tenth): of every class a tenth, drawn at random, and never its only image."""
   if source.labels is None or len(source) < 2 * HELD_OUT:
     return source, source
-  every = np.arange(len(source))
-  held = every % HELD_OUT == HELD_OUT - 1
-  return Subset(source, every[~held], name=f"{name} without the held-out tenth"), Subset(source, every[held], name=f"{name}, held-out tenth")
+  name, every = source.describe()["name"], np.arange(len(source))
+  order = np.lexsort((permute(every, size=len(source), seed=0), source.labels))  # class by class, shuffled inside
+  first = np.append(True, np.diff(source.labels[order]) != 0)
+  held = np.zeros(len(source), bool)
+  held[order] = (every % HELD_OUT == HELD_OUT - 1) & ~first
+  return (
+    Subset(source, every[~held], name=f"{name} without the held-out tenth"),
+    Subset(source, every[held], name=f"{name}, held-out tenth"),
+  )
 
 
-def _folder(root: pathlib.Path, split: str, eval_split: str) -> list[DataSource]:
-  if not root.is_dir():
-    siblings = [str(p) for p in root.parent.iterdir()] if root.parent.is_dir() else []
-    raise UserError(
-      f"--data={root}: no such folder.{nearest(str(root), siblings)} Accepted: a folder, a tar or glob of tars, an .npz, a TFRecord glob, tfds:name, sprites."
-    )
-  subfolders = sorted(p.name for p in root.iterdir() if p.is_dir())
-  train = split or next((n for n in ("train", "training") if n in subfolders), "")
-  held = eval_split or (next((n for n in ("val", "validation", "test", "eval") if n in subfolders), "") if train else "")
-  for flag, name in (("split", split), ("eval_split", eval_split)):
-    if name and name not in subfolders:
-      raise UserError(f"config.data.{flag}={name!r}: {root} has no such folder.{nearest(name, subfolders)} There are: {', '.join(subfolders) or 'none'}.")
-  return [_one_folder(root / name) for name in (train, held) if name] or [_one_folder(root)]
-
-
-def _one_folder(root: pathlib.Path) -> Files:
-  files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
-  if not files:
-    raise UserError(f"--data={root}: no images in it; looked for {', '.join(EXTENSIONS)} at any depth.")
-  names = [str(p.relative_to(root)) for p in files]
-  parents = [n.split("/")[0] if "/" in n else "" for n in names]
-  classes = sorted(set(parents))
-  labelled = len(classes) > 1 and "" not in classes
-  labels = np.searchsorted(classes, parents).astype(np.int32) if labelled else None
-  entries = [(n, str(p), 0, -1) for n, p in zip(names, files, strict=True)]
-  digest = hashlib.sha256("\n".join(f"{n} {p.stat().st_size}" for n, p in zip(names, files, strict=True)).encode()).hexdigest()[:16]
-  return Files(entries, labels, name=str(root), class_names=classes if labelled else (), digest=digest)
-
-
-def _npz(file: str) -> list[Arrays]:
+def _npz(file: str, *, split: str, eval_split: str) -> list[DataSource]:
+  """Images and labels under x_train, y_train or images, labels or x, y; tests under x_test, y_test or x_val, y_val."""
+  listing.matches(file)
   try:
     with np.load(file, allow_pickle=False) as z:
       arrays = dict(z)
-  except (OSError, ValueError) as error:
-    raise UserError(f"--data={file}: cannot be read: {error}.") from None
-  pick = lambda *names: next((arrays[n] for n in names if n in arrays), None)  # noqa: E731
-  train, held = pick("x_train", "images", "x"), pick("x_test", "x_val")
-  if train is None:
-    raise UserError(f"--data={file}: no images; expected a key x_train, images or x, found {', '.join(arrays) or 'none'}.")
-  out = [Arrays(train, pick("y_train", "labels", "y"), name=file)]
-  return out + ([Arrays(held, pick("y_test", "y_val"), name=f"{file}, test")] if held is not None else [])
-
-
-def _matches(pattern: str) -> list[str]:
-  files = sorted(glob.glob(pattern))
-  if not files:
-    raise UserError(f"--data={pattern}: no such file.")
-  return files
-
-
-def _tar(pattern: str) -> Files:
-  """An index of the images in tars; a class is the folder in the tar, or a .cls file beside the image (WebDataset)."""
-  entries, folders, classes = [], [], {}
-  for file in _matches(pattern):
-    try:
-      with tarfile.open(file, "r:") as tar:
-        for member in tar:
-          path = pathlib.PurePosixPath(member.name)
-          if member.isfile() and path.suffix.lower() in EXTENSIONS:
-            entries.append((f"{file}:{member.name}", file, member.offset_data, member.size))
-            folders.append((str(path.parent), f"{file}:{path.with_suffix('')}"))
-          elif member.isfile() and path.suffix == ".cls":
-            classes[f"{file}:{path.with_suffix('')}"] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
-      raise UserError(f"--data={file}: not a readable, uncompressed tar: {error}.") from None
-  if not entries:
-    raise UserError(f"--data={pattern}: no images in it; looked for {', '.join(EXTENSIONS)}.")
-  names = sorted({f for f, _ in folders})
-  if len(classes) == len(entries):
-    return Files(entries, np.array([classes[stem] for _, stem in folders]), name=pattern)
-  if len(names) > 1:
-    return Files(entries, np.searchsorted(names, [f for f, _ in folders]), name=pattern, class_names=names)
-  return Files(entries, None, name=pattern)
-
-
-def _tfrecord(pattern: str) -> Records:
-  entries = []
-  for file in _matches(pattern):
-    entries += [(f"{file}:{i}", file, offset, size) for i, (offset, size) in enumerate(record_offsets(file))]
-  if not entries:
-    raise UserError(f"--data={pattern}: no records in it.")
-  labels = [_example(Files.read(Records(entries, None, name=""), i)).get("label") for i in range(len(entries))]
-  return Records(entries, None if None in labels else np.array(labels, np.int32), name=pattern)
-
-
-def record_offsets(file: str) -> list[tuple[int, int]]:
-  """(offset, size) of every record of a TFRecord file, from the length words alone."""
-  found, position = [], 0
-  end = pathlib.Path(file).stat().st_size
-  with open(file, "rb") as f:
-    while position < end:
-      header = f.read(12)
-      size = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else end
-      if position + 16 + size > end:
-        raise UserError(f"--data={file}: truncated at byte {position}, or not a TFRecord file.")
-      found.append((position + 12, size))
-      position += 16 + size
-      f.seek(position)
-  return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-  number: int
-  value: Any
-
-
-def _fields(data: bytes) -> list[_Field]:
-  """The fields of a protocol buffer message: varints as int, the rest as bytes."""
-  out, i = [], 0
-
-  def varint() -> int:
-    nonlocal i
-    value = shift = 0
-    while True:
-      byte = data[i]
-      i += 1
-      value |= (byte & 127) << shift
-      if byte < 128:
-        return value
-      shift += 7
-
-  while i < len(data):
-    key = varint()
-    if key & 7 == 0:
-      out.append(_Field(key >> 3, varint()))
-      continue
-    size = {1: 8, 5: 4}.get(key & 7) or varint()
-    out.append(_Field(key >> 3, data[i : i + size]))
-    i += size
-  return out
-
-
-def _example(data: bytes) -> dict[str, Any]:
-  """image bytes and label of a tf.train.Example."""
-  out = {}
-  try:
-    for entry in _fields(_fields(data)[0].value):
-      parts = {f.number: f.value for f in _fields(entry.value)}
-      key, kind = parts[1].decode(), _fields(parts[2])[0]
-      values = [f.value for f in _fields(kind.value)]
-      if key in ("image", "image/encoded") and kind.number == 1:
-        out["image"] = values[0]
-      elif key in ("label", "image/class/label") and kind.number == 3:
-        out["label"] = values[0] if isinstance(values[0], int) else values[0][0]
-  except (IndexError, KeyError, UnicodeDecodeError):
-    raise decode.BadImage("not a tf.train.Example") from None
-  if "image" not in out:
-    raise decode.BadImage("the example has no feature image or image/encoded")
-  return out
+  except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    raise UserError(f"--data={file}: not a readable .npz of plain arrays: {error}.") from None
+  name, splits = pathlib.Path(file).name, {}
+  pick = lambda keys: next((arrays[k] for k in keys if k in arrays), None)  # noqa: E731
+  for part, (image_keys, label_keys) in _NPZ_SPLITS.items():
+    if pick(image_keys) is not None:
+      splits[part] = Arrays(pick(image_keys), pick(label_keys), name=f"{name}/{part}")
+  if not splits:
+    found = ", ".join(arrays) or "none"
+    raise UserError(f"--data={file}: no images; expected a key x_train, images or x, found {found}.")
+  for flag, wanted in (("split", split or "train"), ("eval_split", eval_split)):
+    if wanted and wanted not in splits:
+      raise UserError(f"config.data.{flag}={wanted!r}: {file} has no such split. There are: {', '.join(splits)}.")
+  held = eval_split or next((s for s in ("test", "val") if s in splits and s != split), "")
+  return [splits[s] for s in (split or "train", held) if s]

@@ -49,16 +49,19 @@ def _render(indices: np.ndarray, seed: int, split: str, size: int) -> Sprites:
   column = lambda x: np.asarray(x, np.float32)[:, None, None]  # noqa: E731
   axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
   y, x = axis[None, :, None], axis[None, None, :]
-  radius = between(0.36, 0.5)
+  radius = between(0.45, 0.6)
   cy, cx = between(-0.12, 0.12), between(-0.12, 0.12)
   outline = _outline((y - column(cy)) / column(radius), (x - column(cx)) / column(radius), shape)
   mask = _soft(-outline * radius[:, None, None], size)
 
   # Motif coordinates, in periods: a mild rotation, a scale within a factor 1.7 and a random phase.
-  angle = between(-0.35, 0.35)
+  angle = between(-0.3, 0.3)
   period = between(0.11, 0.19)
   py, px = between(0, 1), between(0, 1)
   cos, sin = column(np.cos(angle)), column(np.sin(angle))
+  # A gentle bend, half a period at the most: motifs of two images line up nowhere for long.
+  bend, turn = between(0.03, 0.08), between(0.7, 1.3)
+  y, x = y + column(bend) * np.sin(6.28 * (column(turn) * x + column(between(0, 1)))), x + column(bend) * np.sin(6.28 * (column(turn) * y + column(between(0, 1))))
   my = (cos * y + sin * x) / column(period) + column(py)
   mx = (-sin * y + cos * x) / column(period) + column(px)
   field = np.empty((n, size, size), np.float32)
@@ -68,13 +71,13 @@ def _render(indices: np.ndarray, seed: int, split: str, size: int) -> Sprites:
       field[rows] = _motif(k, my[rows], mx[rows])
   ink = _soft(field * column(period), size)
 
-  # Colors: nearby hues of moderate saturation; the motif is told by lightness, of either polarity.
-  hue, saturation = next(u), between(0.15, 0.5)
+  # Colors vary about as far as color jitter moves them, so that they tell instances apart no better than it lets them.
+  hue, saturation = between(0.0, 0.2), between(0.15, 0.45)
   light, dark = between(0.6, 0.95), between(0.1, 0.4)
   flip = next(u) < 0.5
   first = _color(hue, saturation, np.where(flip, light, dark))
-  second = _color(hue + between(-0.1, 0.1), saturation, np.where(flip, dark, light))
-  back = _color(next(u), between(0.1, 0.5), between(0.2, 0.85))
+  second = _color(hue, saturation, np.where(flip, dark, light))
+  back = _color(between(0.0, 0.2), between(0.1, 0.4), between(0.3, 0.7))
   object_ = first[:, None, None] * ink[..., None] + second[:, None, None] * (1 - ink[..., None])
   image = object_ * mask[..., None] + back[:, None, None] * (1 - mask[..., None])
   gradient = 1 + column(between(-0.3, 0.3)) * 2 * y + column(between(-0.3, 0.3)) * 2 * x

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from big_ssl.core.types import UserError, nearest
-from big_ssl.data.source import Arrays, DataSource, Records, record_offsets
+from big_ssl.data import listing
+from big_ssl.data.fast import tensorflow
+from big_ssl.data.source import Arrays, DataSource, Records
 
 IN_MEMORY_BYTES = 4 << 30
 
 
 def open_pair(name: str, *, split: str, eval_split: str, data_dir: str) -> list[DataSource]:
-  """[train, eval] of the prepared data set `name`; [train] where there is no evaluation split."""
+  """[train, eval] of the prepared data set `name`; [train] where there is no evaluation split.
+
+  Raises:
+    UserError: not installed, unknown, not prepared, no such split, no images.
+  """
   try:
+    tensorflow()
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(f"--data=tfds:{name}: tensorflow-datasets is not installed ({error}).") from None
@@ -22,26 +31,32 @@ def open_pair(name: str, *, split: str, eval_split: str, data_dir: str) -> list[
   if root is not None and not root.is_dir():
     raise UserError(f"--data_dir={data_dir}: no such folder.")
   prepared = sorted(p.name for p in root.iterdir() if p.is_dir()) if root else []
+  found = f"Prepared in {root or 'the default folder'}: {', '.join(prepared) or 'none'}."
   try:
     builder = tfds.builder(name, data_dir=str(root) if root else None, try_gcs=False)
   except Exception as error:  # tfds has many kinds of "not found"
     if type(error).__name__ not in ("DatasetNotFoundError", "ValueError", "AssertionError", "NotFoundError"):
       raise
-    raise UserError(f"--data=tfds:{name}: unknown data set.{nearest(name, prepared)} Prepared in {root or 'the default folder'}: {', '.join(prepared) or 'none'}.") from None
+    raise UserError(f"--data=tfds:{name}: unknown data set.{nearest(name, prepared)} {found}") from None
   if not pathlib.Path(str(builder.data_dir)).is_dir():
-    raise UserError(f"--data=tfds:{name}: not prepared in {builder.data_dir}; prepare it with `tfds build {name}` or give --data_dir. Found: {', '.join(prepared) or 'none'}.")
+    how = f"prepare it with `tfds build {name}` or give --data_dir."
+    raise UserError(f"--data=tfds:{name}: not prepared in {builder.data_dir}; {how} {found}")
   splits = sorted(builder.info.splits)
-  held = eval_split or next((s for s in ("test", "validation") if s in splits), "")
+  held = eval_split or next((s for s in ("test", "validation") if s in splits and s != split), "")
   for flag, wanted in (("split", split), ("eval_split", held)):
     if wanted and wanted not in splits:
-      raise UserError(f"config.data.{flag}={wanted!r}: tfds:{name} has no such split.{nearest(wanted, splits)} There are: {', '.join(splits)}.")
+      near = f"{nearest(wanted, splits)} There are: {', '.join(splits)}."
+      raise UserError(f"config.data.{flag}={wanted!r}: tfds:{name} has no such split.{near}")
   return [_open(builder, s) for s in (split, held) if s]
 
 
-def _open(builder, split: str) -> DataSource:
-  info, shape = builder.info, tuple(builder.info.features["image"].shape)
-  names = tuple(info.features["label"].names) if "label" in info.features and hasattr(info.features["label"], "names") else ()
+def _open(builder: Any, split: str) -> DataSource:
+  info, features = builder.info, builder.info.features
   title = f"tfds:{info.full_name} {split}"
+  if "image" not in features:
+    raise UserError(f"--data={title}: no feature 'image'; it has {', '.join(features)}.")
+  shape = tuple(features["image"].shape)
+  names = tuple(getattr(features["label"], "names", None) or ()) if "label" in features else ()
   if None not in shape and int(np.prod(shape)) * info.splits[split].num_examples <= IN_MEMORY_BYTES:
     import tensorflow_datasets as tfds
 
@@ -50,9 +65,5 @@ def _open(builder, split: str) -> DataSource:
   files = [str(f) for f in info.splits[split].filepaths]
   if "tfrecord" not in pathlib.Path(files[0]).name:
     raise UserError(f"--data={title}: prepared in another format than TFRecord.")
-  entries = [(f"{f}:{i}", f, o, s) for f in files for i, (o, s) in enumerate(record_offsets(f))]
-  from big_ssl.data.source import _example
-
-  reader = Records(entries, None, name=title)
-  labels = [_example(super(Records, reader).read(i)).get("label") for i in range(len(entries))] if names else [None]
-  return Records(entries, None if None in labels else np.array(labels, np.int32), name=title, class_names=names)
+  found = dataclasses.replace(listing.tfrecords(files), class_names=names)
+  return Records(found, name=title, channels=shape[-1] or 3)

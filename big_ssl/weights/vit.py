@@ -33,6 +33,8 @@ def import_vit(state: dict[str, np.ndarray], *, heads: int) -> Weights:
   """
   params: dict[str, np.ndarray] = {}
   stats: dict[str, np.ndarray] = {}
+  if "cls_token" not in state:
+    raise UserError(f"weights: no 'cls_token' among the {len(state)} tensors; not a DINO or MSN ViT.")
   width = state["cls_token"].shape[-1]
   if width % heads:
     raise UserError(f"heads={heads}: does not divide the width {width} of the weights.")
@@ -49,7 +51,7 @@ def import_vit(state: dict[str, np.ndarray], *, heads: int) -> Weights:
       _import_block(f"backbone/block_{match[1]}", match[2], match[3], value, heads, params)
     else:
       raise UserError(f"weights: '{name}' {value.shape} belongs to no place of a DINO or MSN ViT.")
-  return Weights(_nest(params), _nest(stats))
+  return Weights(nest(params), nest(stats))
 
 
 def _leaf(kind: str) -> str:
@@ -85,7 +87,7 @@ def _import_head(name: str, value: np.ndarray, params: dict[str, np.ndarray], st
 def export_vit(weights: Weights) -> dict[str, np.ndarray]:
   """The inverse of `import_vit`."""
   out: dict[str, np.ndarray] = {}
-  flat = {path: np.asarray(value) for path, value in _flatten(weights.params).items()}
+  flat = {path: np.asarray(value) for path, value in flatten(weights.params).items()}
   for path, value in flat.items():
     parts = path.split("/")
     kind = "weight" if parts[-1] in ("kernel", "scale") else "bias"
@@ -99,7 +101,7 @@ def export_vit(weights: Weights) -> dict[str, np.ndarray]:
       out[f"norm.{kind}"] = value
     else:
       _export_block(f"blocks.{parts[1].removeprefix('block_')}", parts[2:], kind, value, flat, path, out)
-  for path, value in _flatten(weights.batch_stats).items():
+  for path, value in flatten(weights.batch_stats).items():
     _, layer, kind = path.split("/")
     out[f"fc.{layer}.running_{kind}"] = np.asarray(value)
   return out
@@ -118,7 +120,7 @@ def _export_block(prefix: str, parts: list[str], kind: str, value: np.ndarray, f
     out[f"{prefix}.attn.qkv.{kind}"] = np.concatenate(rows)
 
 
-def _nest(flat: dict[str, np.ndarray]) -> dict:
+def nest(flat: dict[str, np.ndarray]) -> dict:
   tree: dict = {}
   for path, value in flat.items():
     *parents, leaf = path.split("/")
@@ -129,8 +131,8 @@ def _nest(flat: dict[str, np.ndarray]) -> dict:
   return tree
 
 
-def _flatten(tree: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
   out = {}
   for key, value in tree.items():
-    out |= _flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    out |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
   return out
