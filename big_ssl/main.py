@@ -45,6 +45,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   """Imports what the mode needs and runs it."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # tensorflow only decodes here; this silences its notice
   import jax
 
   from big_ssl.core import config as config_lib

@@ -145,7 +145,7 @@ def test_a_changed_data_folder_is_refused_and_nothing_is_lost(tmp_path):
 
 def test_another_network_is_refused_with_what_differs(tmp_path):
   assert run(tmp_path).returncode == 0
-  done = run(tmp_path, "--config.method.num_prototypes=64", "--config.total=8steps")
+  done = run(tmp_path, "--config.method.num_prototypes=32", "--config.total=8steps")
   assert done.returncode == 2 and "prototypes" in done.stderr and "different" in done.stderr, done.stderr
 
 
