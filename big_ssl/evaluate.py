@@ -84,6 +84,7 @@ class Extractor:
       features=np.concatenate(rows)[valid].astype(np.float32),
       labels=None if labels is None else np.asarray(labels)[index[valid]].astype(np.int32),
       index=index[valid],
+      source=run.sources[split].describe()["name"],
     )
 
 

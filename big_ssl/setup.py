@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from big_ssl import __version__
+from big_ssl.augment.apply import validate
 from big_ssl.core import config as config_lib
 from big_ssl.core import sharding
 from big_ssl.core.config import Config
-from big_ssl.core.method import Method, as_streams
+from big_ssl.core.method import Inputs, Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
 from big_ssl.core.step import make_step, prepare_streams
 from big_ssl.core.types import PyTree, TrainState, UserError
@@ -183,6 +184,8 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     channels=train.channels,
     num_classes=num_classes,
   )
+  for inputs in (*as_streams(method.inputs()).values(), Inputs(views=(method.eval_view(),))):
+    validate(inputs.views, train.channels)
   pipelines = {
     name: make_pipeline(config, sources[inputs.source], inputs, mesh=mesh, stream=name) for name, inputs in as_streams(method.inputs()).items()
   }

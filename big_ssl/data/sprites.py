@@ -1,7 +1,7 @@
 """`sprites`: an embedded procedural world, every image a pure function of (seed, split, index).
 
-A large object filled with one of ten motifs lies on a background with a coarse texture. The class is the MOTIF; the
-nuisances are all that the published augmentations change: position and phase, scale, a mild rotation, both colors of the
+A large object filled with one of ten motifs lies on a plain background. The class is the MOTIF; the
+nuisances are mostly what the published augmentations change: position and phase, scale, a mild rotation and a bend, both colors of the
 motif (their polarity too), the color of the background, contrast, brightness, a lighting gradient and noise. Pixels of two
 images of a class hardly correlate, while a small crop of the object still shows its motif.
 """
