@@ -13,13 +13,27 @@ from big_ssl.core.types import Array
 
 
 @functools.cache
-def cudnn_works() -> bool:
-  """Whether cuDNN's fused attention runs here; tried once on a tiny bfloat16 input."""
+def cudnn_works(tokens: tuple[int, int], width: int, dtype: str, masked: bool) -> bool:
+  """Whether cuDNN's fused attention and its gradient compile here for these shapes.
+
+  Compiled ahead of time from shapes alone: attention is called while an outer function is traced, where running a trial
+  would only add it to that trace, and its failure would come when the user's step is compiled.
+
+  Args:
+    tokens: of the queries and of the keys; support depends on them, the head width and the mask, not on batch or heads.
+    width: of a head.
+    dtype: of the queries.
+  """
   if jax.default_backend() != "gpu":
     return False
-  x = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+  q, k = (jax.ShapeDtypeStruct((1, n, 1, width), dtype) for n in tokens)
+  mask = jax.ShapeDtypeStruct((1, 1, *tokens), bool) if masked else None
+
+  def total(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    return jnp.sum(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").astype(jnp.float32))
+
   try:
-    jax.block_until_ready(jax.nn.dot_product_attention(x, x, x, implementation="cudnn"))
+    jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2))).lower(q, k, k, mask).compile()
   except (RuntimeError, ValueError, NotImplementedError):
     return False
   return True
@@ -32,10 +46,10 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None) -> Arr
     mask: bool, broadcastable to [B, N, T, S]; False is not attended.
   """
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  implementation = "cudnn" if half and q.shape[-1] % 8 == 0 and cudnn_works() else "xla"
+  fused = half and cudnn_works((q.shape[1], k.shape[1]), q.shape[-1], q.dtype.name, mask is not None)
   if mask is not None:
     mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if fused else "xla")
 
 
 def attention_weights(q: Array, k: Array, *, mask: Array | None = None) -> Array:
@@ -59,7 +73,9 @@ class MultiHeadAttention(nn.Module):
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
   @nn.compact
-  def __call__(self, x: Array, *, mask: Array | None = None, return_weights: bool = False) -> tuple[Array, Array | None]:
+  def __call__(
+    self, x: Array, *, mask: Array | None = None, return_weights: bool = False
+  ) -> tuple[Array, Array | None]:
     """x: [B, T, D] -> ([B, T, D], [B, N, T, T] or None)."""
     width = x.shape[-1]
     project = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=self.kernel_init)

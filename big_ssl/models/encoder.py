@@ -40,7 +40,14 @@ class Encoded:
 
 
 def encode(
-  encoder: Encoder, params: Params, batch_stats: PyTree, images: Array, *, train: bool, rng: Array | None = None, **kwargs: Any
+  encoder: Encoder,
+  params: Params,
+  batch_stats: PyTree,
+  images: Array,
+  *,
+  train: bool,
+  rng: Array | None = None,
+  **kwargs: Any,
 ) -> Encoded:
   """Applies an encoder as a pure function; in training the batch statistics move, otherwise they are used as they are.
 

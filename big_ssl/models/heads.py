@@ -5,8 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from big_ssl.core.types import Array
-from big_ssl.models.layers import BatchNorm
+from big_ssl.core.types import Array, UserError, nearest
+from big_ssl.models.layers import BatchNorm, torch_uniform
+
+ACTIVATIONS = ("gelu", "relu")
 
 
 class ProjectionHead(nn.Module):
@@ -22,7 +24,7 @@ class ProjectionHead(nn.Module):
     batch_norm: BN after each hidden linear layer.
     final_batch_norm: BN with scale but no bias after the last one.
     use_bias: biases of the linear layers.
-    init_std: of the normal initialisation.
+    init_std: of the normal initialization; None is torch's default, uniform within +-1/sqrt(fan_in), biases too.
   """
 
   hidden: tuple[int, ...]
@@ -31,22 +33,30 @@ class ProjectionHead(nn.Module):
   batch_norm: bool = True
   final_batch_norm: bool = False
   use_bias: bool = True
-  init_std: float = 0.02
+  init_std: float | None = 0.02
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
     """x: [N, d] -> [N, output]."""
-    init = nn.initializers.normal(self.init_std)
+    if self.activation not in ACTIVATIONS:
+      near = nearest(self.activation, ACTIVATIONS)
+      raise UserError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}.{near}")
     for i, width in enumerate(self.hidden):
-      x = nn.Dense(width, use_bias=self.use_bias, kernel_init=init, dtype=self.dtype, name=f"fc{i + 1}")(x)
+      x = self._dense(width, x.shape[-1], f"fc{i + 1}")(x)
       if self.batch_norm:
         x = BatchNorm(dtype=self.dtype, name=f"bn{i + 1}")(x, train=train)
       x = nn.relu(x) if self.activation == "relu" else nn.gelu(x, approximate=False)
-    x = nn.Dense(self.output, use_bias=self.use_bias, kernel_init=init, dtype=self.dtype, name=f"fc{len(self.hidden) + 1}")(x)
+    x = self._dense(self.output, x.shape[-1], f"fc{len(self.hidden) + 1}")(x)
     if self.final_batch_norm:
       x = BatchNorm(use_bias=False, name=f"bn{len(self.hidden) + 1}")(x, train=train)
     return x.astype(jnp.float32)
+
+  def _dense(self, width: int, fan_in: int, name: str) -> nn.Dense:
+    kernel, bias = nn.initializers.normal(self.init_std or 0.0), nn.initializers.zeros
+    if self.init_std is None:
+      kernel = bias = torch_uniform(fan_in)
+    return nn.Dense(width, use_bias=self.use_bias, kernel_init=kernel, bias_init=bias, dtype=self.dtype, name=name)
 
 
 class Linear(nn.Module):

@@ -15,7 +15,8 @@ from big_ssl.core.types import Array, UserError
 class Backbone(nn.Module):
   """The contract of a backbone: `__call__(images [N, H, W, C], *, train, ...) -> dict`.
 
-  "pooled" [N, D] always; where the architecture has them "cls" [N, D], "tokens" [N, T, D], "cls_layers" [N, L, D], "stages".
+  "pooled" [N, D] always; where the architecture has them "cls" [N, D], "tokens" [N, T, D], "cls_layers" [N, L, D],
+  "stages".
   Parameters are float32; `dtype` is the compute dtype. Batch statistics live in the collection "batch_stats".
   """
 
@@ -27,14 +28,19 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 class LayerNorm(nn.Module):
-  """Layer normalisation with float32 statistics; the output has the compute dtype."""
+  """Layer normalization with float32 statistics; the output has the compute dtype.
+
+  The variance is the two-pass one, as in torch: E[x^2] - E[x]^2 cancels on tokens whose mean is far from 0.
+  """
 
   epsilon: float = 1e-6
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
+    return nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, name="norm")(x).astype(
+      self.dtype
+    )
 
 
 def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
@@ -50,6 +56,16 @@ def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
   keep = 1.0 - rate
   shape = (x.shape[0],) + (1,) * (x.ndim - 1)
   return x * (jax.random.bernoulli(key, keep, shape) / keep).astype(x.dtype)
+
+
+class LayerScale(nn.Module):
+  """A learned factor per channel on a residual branch (arXiv 2103.17239, section 3), `init` at the start."""
+
+  init: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return x * self.param("scale", nn.initializers.constant(self.init), (x.shape[-1],), jnp.float32).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -68,14 +84,16 @@ class Mlp(nn.Module):
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation as torch runs it, over all axes but the last.
+  """Batch normalization as torch runs it, over all axes but the last.
 
-  Training normalises by the biased variance of the global batch; the running variance keeps the UNBIASED one (linen's own
-  layer keeps the biased one). Under jit the statistics are those of the global batch, synchronised BN by construction.
+  Training normalizes by the biased variance of the global batch; the running variance keeps the UNBIASED one (linen's
+  own layer keeps the biased one). Under jit the statistics are those of the global batch: synchronized BN by
+  construction.
 
   Attributes:
     momentum: share of the running value that stays: torch's 0.1 is 0.9 here.
-    groups: statistics per group of consecutive samples, for recipes with per-device statistics; running values take the mean over groups.
+    groups: statistics per group of consecutive samples, for recipes with per-device statistics; running values take the
+      mean over groups.
   """
 
   momentum: float = 0.9
@@ -94,14 +112,16 @@ class BatchNorm(nn.Module):
     x = x.astype(jnp.float32)
     if train and not self.is_initializing():
       if x.shape[0] % self.groups:
-        raise UserError(f"BatchNorm: {x.shape[0]} samples do not divide into {self.groups} groups.")
+        raise UserError(
+          f"config.model.bn_groups={self.groups}: {x.shape[0]} samples do not divide into {self.groups} groups."
+        )
       count = x.size // features // self.groups
       if count < 2:
         raise UserError("BatchNorm: needs more than one value per channel in training; raise config.batch_size.")
       grouped = x.reshape(self.groups, -1, features)
       mean = jnp.mean(grouped, axis=1)
       var = jnp.mean(jnp.square(grouped - mean[:, None]), axis=1)
-      keep = lambda old, new: self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)  # noqa: E731
+      keep = lambda old, new: self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
       mean_state.value = keep(mean_state.value, jnp.mean(mean, axis=0))
       var_state.value = keep(var_state.value, jnp.mean(var, axis=0) * (count / (count - 1)))
       y = ((grouped - mean[:, None]) * jax.lax.rsqrt(var[:, None] + self.epsilon)).reshape(x.shape)
@@ -140,7 +160,10 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-  """MSN's convolutional stem: 3x3 stride-2 convolutions with BN and ReLU, then 1x1 to the width; stride 2 ** len(channels)."""
+  """MSN's convolutional stem: 3x3 stride-2 convolutions with BN and ReLU, then 1x1 to the width.
+
+  The stride of the whole is 2 ** len(channels).
+  """
 
   width: int
   channels: tuple[int, ...]
@@ -150,6 +173,15 @@ class ConvStem(nn.Module):
   def __call__(self, x: Array, *, train: bool) -> Array:
     init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
     for i, features in enumerate(self.channels):
-      x = nn.Conv(features, (3, 3), strides=(2, 2), padding=1, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv_{i}")(x)
+      x = nn.Conv(
+        features,
+        (3, 3),
+        strides=(2, 2),
+        padding=1,
+        use_bias=False,
+        kernel_init=init,
+        dtype=self.dtype,
+        name=f"conv_{i}",
+      )(x)
       x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn_{i}")(x, train=train))
     return nn.Conv(self.width, (1, 1), kernel_init=init, dtype=self.dtype, name="project")(x)

@@ -15,19 +15,30 @@ from big_ssl.core.types import UserError, nearest
 RULES = ("dino", "msn", "hf", "antialias", "linear")
 
 
-def table_grid(tokens: int, grid: tuple[int, int] | None = None) -> tuple[int, int]:
-  """The (height, width) of a table of `tokens` patches; a table that is not square needs `grid`."""
+def table_grid(
+  tokens: int, grid: tuple[int, int] | None = None, *, wanted: tuple[int, int] | None = None
+) -> tuple[int, int]:
+  """The (height, width) of a table of `tokens` patches; a table that is not square needs `grid`.
+
+  Args:
+    wanted: the grid it will be resampled to, for the message only.
+  """
   if grid is not None:
     if grid[0] * grid[1] != tokens:
       raise UserError(f"position table of {tokens} patches: does not fit the grid {grid[0]}x{grid[1]}.")
     return tuple(grid)
   side = math.isqrt(tokens)
   if side * side != tokens:
-    raise UserError(f"position table of {tokens} patches: not a square, give its grid.")
+    target = f" to resample it to {wanted[0]}x{wanted[1]}" if wanted else ""
+    raise UserError(
+      f"position table of {tokens} patches: not a square ({side}x{side} has {side * side}); give its grid{target}."
+    )
   return side, side
 
 
-def resample_matrices(rule: str, *, table: tuple[int, int], grid: tuple[int, int], image: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+def resample_matrices(
+  rule: str, *, table: tuple[int, int], grid: tuple[int, int], image: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
   """Matrices (h x table_h, w x table_w) from the learned `table` to the wanted `grid`; None is the identity.
 
   Args:
@@ -47,7 +58,9 @@ def resample_matrices(rule: str, *, table: tuple[int, int], grid: tuple[int, int
     if equal_count:
       return None
     if grid[0] != grid[1] or table[0] != table[1]:
-      raise UserError(f"config.model.pos_rule='msn': resamples square grids only, found {table[0]}x{table[1]} to {grid[0]}x{grid[1]}.")
+      raise UserError(
+        f"config.model.pos_rule='msn': resamples square grids only, found {table[0]}x{table[1]} to {grid[0]}x{grid[1]}."
+      )
     scale = math.sqrt(grid[0] * grid[1] / (table[0] * table[1]))
     return tuple(_cubic_clamped(n, g, scale) for n, g in zip(grid, table, strict=True))
   if rule == "dino":
@@ -89,16 +102,24 @@ def _triangle(d: float) -> float:
 
 
 def _antialiased(out: int, size: int, kernel) -> np.ndarray:
-  """The kernel stretched when shrinking, weights renormalised at the border."""
+  """The kernel stretched when shrinking, weights renormalized at the border."""
   scale = size / out
   stretch = max(scale, 1.0)
   matrix = np.array([[kernel(abs((i + 0.5) * scale - (j + 0.5)) / stretch) for j in range(size)] for i in range(out)])
   return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def resample(table: np.ndarray, *, rule: str, grid: tuple[int, int], image: tuple[int, int], xp=np, table_shape: tuple[int, int] | None = None):
+def resample(
+  table: np.ndarray,
+  *,
+  rule: str,
+  grid: tuple[int, int],
+  image: tuple[int, int],
+  xp=np,
+  table_shape: tuple[int, int] | None = None,
+):
   """[N, D] learned patch positions to [h * w, D]; the result is float32 under jax.numpy."""
-  source = table_grid(table.shape[0], table_shape)
+  source = table_grid(table.shape[0], table_shape, wanted=grid)
   matrices = resample_matrices(rule, table=source, grid=grid, image=image)
   if matrices is None:
     return table

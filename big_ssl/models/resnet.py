@@ -1,4 +1,4 @@
-"""ResNet (arXiv 1512.03385) in the torchvision layout: v1.5 (stride in the 3x3 convolution), symmetric padding, no bias."""
+"""ResNet (arXiv 1512.03385) as in torchvision: v1.5 (stride in the 3x3 convolution), symmetric padding, no bias."""
 
 from __future__ import annotations
 
@@ -87,7 +87,16 @@ class ResNet(Backbone):
     base, cifar = self.stem_width * self.width, self.stem == "cifar"
     kernel, stride = (3, 1) if cifar else (7, 2)
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    conv = nn.Conv(base, (kernel, kernel), strides=(stride, stride), padding=kernel // 2, use_bias=False, kernel_init=init, dtype=self.dtype, name="conv1")
+    conv = nn.Conv(
+      base,
+      (kernel, kernel),
+      strides=(stride, stride),
+      padding=kernel // 2,
+      use_bias=False,
+      kernel_init=init,
+      dtype=self.dtype,
+      name="conv1",
+    )
     x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(conv(images), train=train))
     stages = [x]
     if not cifar:
@@ -95,8 +104,20 @@ class ResNet(Backbone):
     for stage, count in enumerate(self.blocks or BLOCKS[self.depth]):
       for i in range(count):
         stride = 2 if stage > 0 and i == 0 else 1
-        block = ResNetBlock(base * 2**stage, stride, self.depth >= 50, self.zero_init_gamma, self.bn_groups, self.dtype, name=f"layer{stage + 1}_{i}")
+        block = ResNetBlock(
+          base * 2**stage,
+          stride,
+          self.depth >= 50,
+          self.zero_init_gamma,
+          self.bn_groups,
+          self.dtype,
+          name=f"layer{stage + 1}_{i}",
+        )
         x = block(x, train=train)
       stages.append(x)
     features = x.astype(jnp.float32)
-    return {"pooled": jnp.mean(features, axis=(1, 2)), "tokens": features.reshape(x.shape[0], -1, x.shape[-1]), "stages": tuple(stages)}
+    return {
+      "pooled": jnp.mean(features, axis=(1, 2)),
+      "tokens": features.reshape(x.shape[0], -1, x.shape[-1]),
+      "stages": tuple(stages),
+    }

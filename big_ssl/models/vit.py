@@ -1,12 +1,14 @@
 """Vision Transformer (arXiv 2010.11929) in the dialects of DINO (2104.14294) and MSN (2204.07141).
 
-Pre-norm blocks, a CLS token, learned positions whose slot 0 belongs to CLS, biases everywhere, a final LayerNorm. The
-parameter tree is the same whether the blocks are unrolled, rematerialised or scanned.
+Pre-norm blocks, a CLS token, learned positions whose slot 0 belongs to CLS, biases everywhere, a final LayerNorm;
+LayerScale (2103.17239) and registers (2309.16588) on request. The parameter tree is the same whether the blocks are
+unrolled, rematerialized or scanned.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,7 +20,7 @@ import numpy as np
 from big_ssl.core.types import Array, Params, UserError, nearest
 from big_ssl.models import positions
 from big_ssl.models.attention import MultiHeadAttention
-from big_ssl.models.layers import Backbone, ConvStem, LayerNorm, Mlp, PatchEmbed, drop_path
+from big_ssl.models.layers import Backbone, ConvStem, LayerNorm, LayerScale, Mlp, PatchEmbed, drop_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,49 +34,92 @@ class Size:
 
 
 SIZES = {
+  "mu": Size(32, 1, 128, 2),
   "Ti": Size(192, 12, 768, 3),
   "S": Size(384, 12, 1536, 6),
+  "M": Size(512, 12, 2048, 8),
   "B": Size(768, 12, 3072, 12),
   "L": Size(1024, 24, 4096, 16),
+  "So400m": Size(1152, 27, 4304, 16),
   "H": Size(1280, 32, 5120, 16),
+  "g": Size(1408, 40, 6144, 16),
+  "G": Size(1664, 48, 8192, 16),
+  "e": Size(1792, 56, 15360, 16),
 }
 
 
 class Block(nn.Module):
-  """x += drop_path(attention(LN x)); x += drop_path(mlp(LN x))."""
+  """x += drop_path(scale attention(LN x)); x += drop_path(scale mlp(LN x)); without LayerScale the scale is 1."""
 
   heads: int
   mlp_dim: int
   epsilon: float = 1e-6
   gelu: str = "exact"
   dtype: str = "float32"
+  layer_scale: float | None = None
 
   @nn.compact
   def __call__(
-    self, x: Array, *, rate: float | Array = 0.0, key: Array | None = None, mask: Array | None = None, return_weights: bool = False
+    self,
+    x: Array,
+    *,
+    rate: float | Array = 0.0,
+    key: Array | None = None,
+    mask: Array | None = None,
+    return_weights: bool = False,
   ) -> tuple[Array, Array | None]:
     keys = (None, None) if key is None else jax.random.split(key)
     y = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
-    y, weights = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(y, mask=mask, return_weights=return_weights)
+    y, weights = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(
+      y, mask=mask, return_weights=return_weights
+    )
+    if self.layer_scale is not None:
+      y = LayerScale(self.layer_scale, name="ls1")(y)
     x = x + drop_path(y, rate=rate, key=keys[0])
     y = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
     y = Mlp(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="mlp")(y)
+    if self.layer_scale is not None:
+      y = LayerScale(self.layer_scale, name="ls2")(y)
     return x + drop_path(y, rate=rate, key=keys[1]), weights
+
+
+def select(patches: Array, keep: Array) -> Array:
+  """The patches that stay, [N, T, D] -> [N, K, D]; an index that does not exist gives NaN, not a neighbor.
+
+  Args:
+    keep: integer indices, [K] for all images or [N, K].
+
+  Raises:
+    UserError: another shape or dtype, or more indices than patches.
+  """
+  images, tokens = patches.shape[:2]
+  fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == images)
+  if not fits or not jnp.issubdtype(keep.dtype, jnp.integer):
+    raise UserError(f"keep: expected integers [K] or [{images}, K], found {keep.dtype} {list(keep.shape)}.")
+  if not 0 < keep.shape[-1] <= tokens:
+    raise UserError(f"keep: {keep.shape[-1]} of {tokens} patches; from 1 to {tokens} can stay.")
+  if keep.ndim == 1:
+    return jnp.take(patches, keep, axis=1, mode="fill", fill_value=jnp.nan)
+  return jnp.take_along_axis(patches, keep[..., None], axis=1, mode="fill", fill_value=jnp.nan)
 
 
 class ViT(Backbone):
   """A Vision Transformer.
 
   Attributes:
-    variant: "Ti", "S", "B", "L", "H", or "custom"; width, depth, heads and mlp_dim override it where not 0.
+    variant: a key of `SIZES`, such as "S", or "custom"; width, depth, heads and mlp_dim override it where not 0.
     patch: side of a patch in pixels.
     image_size: side (or height, width) of the images that the learned position table is for; others are resampled.
     channels: of the images.
-    pos_rule: how the table is resampled, see `models/positions.py`; stored with the weights since it changes the numbers.
-    drop_path: stochastic depth of the last block, linear from 0 at the first.
+    pos_rule: how the table is resampled, see `models/positions.py`; part of the model since it changes the numbers.
+    drop_path: stochastic depth of the last block.
+    drop_path_decay: "linear" from 0 at the first block (DINO), or "uniform" over depth (DINOv2).
     layernorm_eps: 1e-6 in all public releases.
     gelu: "exact", or "tanh" for big_vision weights.
     patch_init: "dino" or "msn": of the patch embedding; all else is normal(0.02), zeros and ones in both.
+    class_token: whether there is one; without it position slot 0 is a patch's, and "pooled" is the mean of the patches.
+    registers: learned tokens after CLS that have no position and are in none of the outputs but "registers".
+    layer_scale: initial LayerScale of both branches; None has none.
     stem_channels: () for the linear patch embedding, (48, 96, 192, 384) for MSN's convolutional stem of stride 16.
     remat: "none"; "full" recomputes the blocks in the backward pass; "dots" keeps the matrix products.
     scan: compile one block for all depths.
@@ -91,9 +136,13 @@ class ViT(Backbone):
   channels: int = 3
   pos_rule: str = "dino"
   drop_path: float = 0.0
+  drop_path_decay: Literal["linear", "uniform"] = "linear"
   layernorm_eps: float = 1e-6
   gelu: Literal["exact", "tanh"] = "exact"
   patch_init: Literal["dino", "msn"] = "dino"
+  class_token: bool = True
+  registers: int = 0
+  layer_scale: float | None = None
   stem_channels: tuple[int, ...] = ()
   remat: Literal["none", "full", "dots"] = "none"
   scan: bool = False
@@ -103,16 +152,20 @@ class ViT(Backbone):
     """The sizes after overrides.
 
     Raises:
-      UserError: unknown variant, "custom" without all four sizes, or heads that do not divide the width.
+      UserError: unknown variant, "custom" without all four sizes, heads that do not divide the width, or drop_path
+        outside [0, 1).
     """
     if self.variant not in SIZES and self.variant != "custom":
-      raise UserError(f"config.model.variant={self.variant!r}: expected custom or one of {', '.join(SIZES)}.{nearest(self.variant, SIZES)}")
+      near = nearest(self.variant, SIZES)
+      raise UserError(f"config.model.variant={self.variant!r}: expected custom or one of {', '.join(SIZES)}.{near}")
     base = SIZES.get(self.variant, Size(0, 0, 0, 0))
     size = Size(*(getattr(self, f.name) or getattr(base, f.name) for f in dataclasses.fields(Size)))
     if not all(dataclasses.astuple(size)):
       raise UserError(f"config.model.variant='custom': give width, depth, heads and mlp_dim; found {size}.")
     if size.width % size.heads:
       raise UserError(f"config.model.heads={size.heads}: must divide the width {size.width}.")
+    if not 0 <= self.drop_path < 1:
+      raise UserError(f"config.model.drop_path={self.drop_path}: expected a rate in [0, 1).")
     return size
 
   def table(self) -> tuple[int, int]:
@@ -136,55 +189,82 @@ class ViT(Backbone):
 
     Args:
       images: [N, H, W, C].
-      keep: int32 indices of the patches that stay, [K] for all images or [N, K]; positions are added before, CLS always stays.
+      keep: int32 indices of the patches that stay, [K] for all images or [N, K]; positions are added before, CLS and
+        registers always stay.
       mask: bool [N, T, T] or broadcastable to [N, heads, T, T]; False is not attended.
-      attention_layers: blocks whose attention probabilities are returned.
+      attention_layers: blocks whose attention probabilities are returned, from 0; nothing is scanned then.
 
     Returns:
       "pooled" and "cls": [N, D], CLS after the final norm; "tokens": [N, T, D], patches after it; "cls_layers":
-      [N, L, D], CLS after every block WITHOUT the final norm; "cls_layers_normed" with it; "attention": {layer: [N, heads, T, T]}.
+      [N, L, D], CLS after every block WITHOUT the final norm; "cls_layers_normed" with it; "registers": [N, R, D] after
+      the norm; "attention": {layer: [N, heads, T, T]}. What the model does not have is absent.
+
+    Raises:
+      UserError: sizes, channels, `keep` or `attention_layers` that do not fit; "config.model..." says which.
     """
+    depth = self.size().depth
+    if any(not 0 <= i < depth for i in attention_layers):
+      raise UserError(f"attention_layers={attention_layers}: the blocks are 0 to {depth - 1}.")
     if images.shape[-1] != self.channels:
       raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
-    x = self._embed(images, train=train)
-    if keep is not None:
-      patches = x[:, 1:]
-      patches = patches[:, keep] if keep.ndim == 1 else jnp.take_along_axis(patches, keep[..., None], axis=1)
-      x = jnp.concatenate([x[:, :1], patches], axis=1)
+    x = self._embed(images, keep=keep, train=train)
     if mask is not None and mask.ndim == 3:
       mask = mask[:, None]
     x, cls_layers, weights = self._blocks(x, train=train, mask=mask, attention_layers=attention_layers)
     norm = LayerNorm(self.layernorm_eps, self.dtype, name="norm")
-    x = norm(x)
-    out = {"pooled": x[:, 0], "cls": x[:, 0], "tokens": x[:, 1:], "cls_layers": cls_layers, "cls_layers_normed": norm(cls_layers)}
+    x, first = norm(x), int(self.class_token)
+    out = {"tokens": x[:, first + self.registers :]}
+    if self.registers:
+      out["registers"] = x[:, first : first + self.registers]
+    if self.class_token:
+      out |= {"pooled": x[:, 0], "cls": x[:, 0], "cls_layers": cls_layers, "cls_layers_normed": norm(cls_layers)}
+    else:
+      out["pooled"] = jnp.mean(out["tokens"].astype(jnp.float32), axis=1)
     return out | ({"attention": weights} if attention_layers else {})
 
-  def _embed(self, images: Array, *, train: bool) -> Array:
-    """CLS and patches with their positions, [N, 1 + T, D]."""
-    width, table = self.size().width, self.table()
+  def _embed(self, images: Array, *, keep: Array | None, train: bool) -> Array:
+    """CLS with its position, registers without, and the patches that stay with theirs, [N, 1 + R + T, D]."""
+    width, table, first = self.size().width, self.table(), int(self.class_token)
+    height, across = images.shape[1:3]
+    if min(height, across) < self.patch:
+      raise UserError(f"config.model.patch={self.patch}: the images are {height}x{across}, smaller than one patch.")
     if self.stem_channels:
       if 2 ** len(self.stem_channels) != self.patch:
-        raise UserError(f"config.model.stem_channels={self.stem_channels}: a stride of {2 ** len(self.stem_channels)}, but patch={self.patch}.")
+        stride = 2 ** len(self.stem_channels)
+        raise UserError(
+          f"config.model.stem_channels={self.stem_channels}: a stride of {stride}, but config.model.patch={self.patch}."
+        )
       patches = ConvStem(width, self.stem_channels, self.dtype, name="patch_embed")(images, train=train)
     else:
       patches = PatchEmbed(width, self.patch, self.patch_init, self.dtype, name="patch_embed")(images)
     grid = patches.shape[1:3]
     normal = nn.initializers.normal(0.02)
-    cls = self.param("cls_token", normal, (1, 1, width), jnp.float32)
-    pos = self.param("pos_embed", normal, (1, 1 + table[0] * table[1], width), jnp.float32)
-    learned = positions.resample(pos[0, 1:], rule=self.pos_rule, grid=grid, image=images.shape[1:3], xp=jnp, table_shape=table)
+    cls = self.param("cls_token", normal, (1, 1, width), jnp.float32) if self.class_token else None
+    pos = self.param("pos_embed", normal, (1, first + table[0] * table[1], width), jnp.float32)
+    learned = positions.resample(
+      pos[0, first:], rule=self.pos_rule, grid=grid, image=images.shape[1:3], xp=jnp, table_shape=table
+    )
     patches = patches.reshape(patches.shape[0], -1, width) + learned[None].astype(self.dtype)
-    first = jnp.broadcast_to((cls + pos[:, :1]).astype(self.dtype), (patches.shape[0], 1, width))
-    return jnp.concatenate([first, patches], axis=1)
+    if keep is not None:
+      patches = select(patches, keep)
+    tokens = [] if cls is None else [cls + pos[:, :1]]
+    if self.registers:
+      tokens.append(self.param("registers", nn.initializers.normal(1e-6), (1, self.registers, width), jnp.float32))
+    tokens = [jnp.broadcast_to(t.astype(self.dtype), (patches.shape[0], *t.shape[1:])) for t in tokens]
+    return jnp.concatenate([*tokens, patches], axis=1)
 
-  def _blocks(self, x: Array, *, train: bool, mask: Array | None, attention_layers: tuple[int, ...]) -> tuple[Array, Array, dict[int, Array]]:
+  def _blocks(
+    self, x: Array, *, train: bool, mask: Array | None, attention_layers: tuple[int, ...]
+  ) -> tuple[Array, Array, dict[int, Array]]:
     size = self.size()
-    make: Callable[..., Block] = lambda **kw: Block(size.heads, size.mlp_dim, self.layernorm_eps, self.gelu, self.dtype, **kw)  # noqa: E731
+    make: Callable[..., Block] = functools.partial(
+      Block, size.heads, size.mlp_dim, self.layernorm_eps, self.gelu, self.dtype, self.layer_scale
+    )
     if self.is_initializing():
       for i in range(size.depth):
         make(name=f"block_{i}")(x)
     params = [self.variables["params"][f"block_{i}"] for i in range(size.depth)]
-    rates = np.linspace(0.0, self.drop_path, size.depth)
+    rates = np.linspace(0.0 if self.drop_path_decay == "linear" else self.drop_path, self.drop_path, size.depth)
     key = self.make_rng("drop_path") if train and self.drop_path > 0 and not self.is_initializing() else None
     keys = None if key is None else jax.random.split(key, size.depth)
     block = make(parent=None)
@@ -208,7 +288,9 @@ class ViT(Backbone):
     for i in range(size.depth):
       layer_key = None if keys is None else keys[i]
       if i in attention_layers:
-        x, weights[i] = block.apply({"params": params[i]}, x, rate=rates[i], key=layer_key, mask=mask, return_weights=True)
+        x, weights[i] = block.apply(
+          {"params": params[i]}, x, rate=rates[i], key=layer_key, mask=mask, return_weights=True
+        )
       else:
         x = body(x, params[i], rates[i], layer_key)
       cls.append(x[:, 0])

@@ -20,7 +20,9 @@ def import_resnet(state: dict[str, np.ndarray]) -> Weights:
   for name, value in state.items():
     if name.startswith("fc.") or name.endswith("num_batches_tracked"):
       continue
-    match = re.fullmatch(r"(?:(layer\d)\.(\d+)\.)?(conv\d|bn\d|downsample\.[01])\.(weight|bias|running_mean|running_var)", name)
+    match = re.fullmatch(
+      r"(?:(layer\d)\.(\d+)\.)?(conv\d|bn\d|downsample\.[01])\.(weight|bias|running_mean|running_var)", name
+    )
     if match is None:
       raise UserError(f"weights: '{name}' {value.shape} belongs to no place of a ResNet.")
     layer, index, part, kind = match.groups()

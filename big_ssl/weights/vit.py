@@ -1,4 +1,4 @@
-"""Key map of the official DINO and MSN ViTs: torch state dicts to flax trees and back, bit for bit."""
+"""Key map of the official DINO, MSN and DINOv2 ViTs: torch state dicts to flax trees and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from big_ssl.core.types import PyTree, UserError
 
 _NORM = {"weight": "norm/scale", "bias": "norm/bias"}
 _BATCH_NORM = {"weight": "scale", "bias": "bias"}
+_PREFIXES = ("", "module.", "backbone.", "module.backbone.")
+_TOKENS = {"cls_token": "cls_token", "pos_embed": "pos_embed", "register_tokens": "registers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ def import_vit(state: dict[str, np.ndarray], *, heads: int) -> Weights:
   """The official state dict of a DINO or MSN encoder as trees of `models.encoder.Encoder`.
 
   Args:
-    state: names such as "blocks.0.attn.qkv.weight"; an MSN head lies under "fc.".
+    state: names such as "blocks.0.attn.qkv.weight", all with the same prefix "module.", "backbone." or none; an MSN
+      head lies under "fc.". DINOv2's mask token, which only its pretraining reads, is left out.
     heads: attention heads, which the file does not say.
 
   Raises:
@@ -33,24 +36,32 @@ def import_vit(state: dict[str, np.ndarray], *, heads: int) -> Weights:
   """
   params: dict[str, np.ndarray] = {}
   stats: dict[str, np.ndarray] = {}
-  if "cls_token" not in state:
+  prefix = next((p for p in _PREFIXES if f"{p}cls_token" in state), None)
+  if prefix is None:
     raise UserError(f"weights: no 'cls_token' among the {len(state)} tensors; not a DINO or MSN ViT.")
-  width = state["cls_token"].shape[-1]
+  width = state[f"{prefix}cls_token"].shape[-1]
   if width % heads:
     raise UserError(f"heads={heads}: does not divide the width {width} of the weights.")
-  for name, value in state.items():
-    if name.startswith("fc."):
-      _import_head(name.removeprefix("fc."), value, params, stats)
-    elif name in ("cls_token", "pos_embed"):
-      params[f"backbone/{name}"] = value
+  for full, value in state.items():
+    name = full.removeprefix(prefix) if full.startswith(prefix) else ""
+    if name == "mask_token":
+      continue
+    if match := re.fullmatch(r"fc\.((?:fc|bn)\d+)\.(weight|bias|running_mean|running_var|num_batches_tracked)", name):
+      _import_head(match[1], match[2], value, params, stats)
+    elif name in _TOKENS:
+      params[f"backbone/{_TOKENS[name]}"] = value
+    elif match := re.fullmatch(r"blocks\.(\d+)\.(ls[12])\.gamma", name):
+      params[f"backbone/block_{match[1]}/{match[2]}/scale"] = value
     elif match := re.fullmatch(r"patch_embed\.proj\.(weight|bias)", name):
-      params[f"backbone/patch_embed/conv/{_leaf(match[1])}"] = value.transpose(2, 3, 1, 0) if match[1] == "weight" else value
+      params[f"backbone/patch_embed/conv/{_leaf(match[1])}"] = (
+        value.transpose(2, 3, 1, 0) if match[1] == "weight" else value
+      )
     elif match := re.fullmatch(r"norm\.(weight|bias)", name):
       params[f"backbone/norm/{_NORM[match[1]]}"] = value
     elif match := re.fullmatch(r"blocks\.(\d+)\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)", name):
       _import_block(f"backbone/block_{match[1]}", match[2], match[3], value, heads, params)
     else:
-      raise UserError(f"weights: '{name}' {value.shape} belongs to no place of a DINO or MSN ViT.")
+      raise UserError(f"weights: '{full}' {value.shape} belongs to no place of a DINO or MSN ViT.")
   return Weights(nest(params), nest(stats))
 
 
@@ -58,7 +69,9 @@ def _leaf(kind: str) -> str:
   return "kernel" if kind == "weight" else "bias"
 
 
-def _import_block(prefix: str, part: str, kind: str, value: np.ndarray, heads: int, params: dict[str, np.ndarray]) -> None:
+def _import_block(
+  prefix: str, part: str, kind: str, value: np.ndarray, heads: int, params: dict[str, np.ndarray]
+) -> None:
   if part.startswith("norm"):
     params[f"{prefix}/{part}/{_NORM[kind]}"] = value
   elif part == "attn.qkv":
@@ -67,13 +80,16 @@ def _import_block(prefix: str, part: str, kind: str, value: np.ndarray, heads: i
       shaped = third.T.reshape(third.shape[1], heads, -1) if kind == "weight" else third.reshape(heads, -1)
       params[f"{prefix}/attention/{name}/{_leaf(kind)}"] = shaped
   elif part == "attn.proj":
-    params[f"{prefix}/attention/out/{_leaf(kind)}"] = value.T.reshape(heads, -1, value.shape[0]) if kind == "weight" else value
+    params[f"{prefix}/attention/out/{_leaf(kind)}"] = (
+      value.T.reshape(heads, -1, value.shape[0]) if kind == "weight" else value
+    )
   else:
     params[f"{prefix}/{part.replace('.', '/')}/{_leaf(kind)}"] = value.T if kind == "weight" else value
 
 
-def _import_head(name: str, value: np.ndarray, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> None:
-  layer, kind = name.split(".")
+def _import_head(
+  layer: str, kind: str, value: np.ndarray, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]
+) -> None:
   if kind == "num_batches_tracked":
     return
   if kind.startswith("running_"):
@@ -85,7 +101,8 @@ def _import_head(name: str, value: np.ndarray, params: dict[str, np.ndarray], st
 
 
 def export_vit(weights: Weights) -> dict[str, np.ndarray]:
-  """The inverse of `import_vit`."""
+  """The inverse of `import_vit`, without prefix."""
+  tokens = {ours: theirs for theirs, ours in _TOKENS.items()}
   out: dict[str, np.ndarray] = {}
   flat = {path: np.asarray(value) for path, value in flatten(weights.params).items()}
   for path, value in flat.items():
@@ -93,8 +110,8 @@ def export_vit(weights: Weights) -> dict[str, np.ndarray]:
     kind = "weight" if parts[-1] in ("kernel", "scale") else "bias"
     if parts[0] == "head":
       out[f"fc.{parts[1]}.{kind}"] = value.T if parts[-1] == "kernel" else value
-    elif parts[1] in ("cls_token", "pos_embed"):
-      out[parts[1]] = value
+    elif parts[1] in tokens:
+      out[tokens[parts[1]]] = value
     elif parts[1] == "patch_embed":
       out[f"patch_embed.proj.{kind}"] = value.transpose(3, 2, 0, 1) if kind == "weight" else value
     elif parts[1] == "norm":
@@ -107,9 +124,19 @@ def export_vit(weights: Weights) -> dict[str, np.ndarray]:
   return out
 
 
-def _export_block(prefix: str, parts: list[str], kind: str, value: np.ndarray, flat: dict[str, np.ndarray], path: str, out: dict[str, np.ndarray]) -> None:
+def _export_block(
+  prefix: str,
+  parts: list[str],
+  kind: str,
+  value: np.ndarray,
+  flat: dict[str, np.ndarray],
+  path: str,
+  out: dict[str, np.ndarray],
+) -> None:
   if parts[0].startswith("norm"):
     out[f"{prefix}.{parts[0]}.{kind}"] = value
+  elif parts[0].startswith("ls"):
+    out[f"{prefix}.{parts[0]}.gamma"] = value
   elif parts[0] == "mlp":
     out[f"{prefix}.mlp.{parts[1]}.{kind}"] = value.T if kind == "weight" else value
   elif parts[1] == "out":

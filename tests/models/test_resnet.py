@@ -1,5 +1,8 @@
 """The ResNet against torchvision: forward, gradients and running statistics."""
 
+import copy
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +11,19 @@ import pytest
 from big_ssl.models.resnet import ResNet
 from big_ssl.weights.resnet import export_resnet, import_resnet
 
+# In the recording of the odd-sized bottleneck network one pre-activation rounds to the other side of 0 (-3.5e-6 in
+# float64). Moving its channel by 1e-5 opens that ReLU here as well; no other gate is near enough to matter.
+RECORDED_GATE = {("bottleneck", "odd"): ("layer3_0", "bn1", 1, 1e-5)}
+
 
 def nhwc(x):
   return jnp.asarray(np.moveaxis(x, -3, -1))
 
 
-@pytest.mark.parametrize("name,depth,tag", [("basic", 18, "odd"), ("bottleneck", 50, "odd"), ("bottleneck", 50, "even")])
-def test_torchvision_network_is_reproduced(golden, monkeypatch, name, depth, tag):
+@pytest.mark.parametrize(
+  "name,depth,tag", [("basic", 18, "odd"), ("bottleneck", 50, "odd"), ("bottleneck", 50, "even")]
+)
+def test_torchvision_network_is_reproduced(golden, name, depth, tag):
   z = golden(f"resnet_{name}_forward")
   state = {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")}
   weights = import_resnet(state)
@@ -26,33 +35,50 @@ def test_torchvision_network_is_reproduced(golden, monkeypatch, name, depth, tag
   for i, stage in enumerate(["conv1_relu", "layer1", "layer2", "layer3", "layer4"]):
     np.testing.assert_allclose(out["stages"][i], nhwc(z[f"{tag}/output/{stage}"]), atol=2e-5, err_msg=stage)
   trained, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-  np.testing.assert_allclose(trained["pooled"], z[f"{tag}/output/train/pooled"], atol=5e-5)
+  np.testing.assert_allclose(trained["pooled"], z[f"{tag}/output/train/pooled"], atol=2e-5)
+  np.testing.assert_allclose(trained["stages"][1], nhwc(z[f"{tag}/output/train/layer1"]), atol=2e-5)
   for key, value in export_resnet(type(weights)({}, updated["batch_stats"])).items():
     np.testing.assert_allclose(value, z[f"{tag}/output/train/new_state/{key}"], atol=2e-5, err_msg=key)
 
-  def weighted(images, params, train):
-    out, _ = model.apply(variables | {"params": params}, images, train=train, mutable=["batch_stats"])
-    return jnp.sum(out["pooled"] * z[f"{tag}/grad_weight"])
+  @functools.partial(jax.jit, static_argnums=2)
+  def gradients(images, params, train):
+    def weighted(images, kernel):
+      tree = params | {"conv1": {"kernel": kernel}}
+      out, _ = model.apply(variables | {"params": tree}, images, train=train, mutable=["batch_stats"])
+      return jnp.sum(out["pooled"] * z[f"{tag}/grad_weight"])
 
-  for train, key in ((False, "grad/input"), (True, "grad/train/input")):
-    if train and (name, tag) == ("bottleneck", "odd"):
-      # One pre-activation lies within 1e-5 of 0, on the other side in the recording; a ReLU whose derivative is 1 from there
-      # on reproduces it, which shows that nothing else differs.
-      monkeypatch.setattr("big_ssl.models.resnet.nn.relu", lambda x: x * jax.lax.stop_gradient((x > -1e-5).astype(x.dtype)))
-    grad = jax.grad(weighted)(images, weights.params, train)
-    np.testing.assert_allclose(grad, nhwc(z[f"{tag}/{key}"]), atol=1e-4, rtol=1e-3)
+    return jax.grad(weighted, argnums=(0, 1))(images, params["conv1"]["kernel"])
+
+  def agree(value, wanted):
+    np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+  agree(gradients(images, weights.params, False)[0], nhwc(z[f"{tag}/grad/input"]))
+  params = copy.deepcopy(weights.params)
+  if (name, tag) in RECORDED_GATE:
+    block, layer, channel, shift = RECORDED_GATE[name, tag]
+    params[block][layer]["bias"] = params[block][layer]["bias"].copy()
+    params[block][layer]["bias"][channel] += shift
+  image_grad, kernel_grad = gradients(images, params, True)
+  agree(image_grad, nhwc(z[f"{tag}/grad/train/input"]))
+  agree(kernel_grad, z[f"{tag}/grad/train/conv1.weight"].transpose(2, 3, 1, 0))
 
 
 def test_weights_round_trip_bit_for_bit(golden):
   z = golden("resnet_bottleneck_forward")
-  state = {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/") and "num_batches" not in k and "/fc." not in k}
+  state = {
+    k.removeprefix("state/"): v
+    for k, v in z.items()
+    if k.startswith("state/") and "num_batches" not in k and "/fc." not in k
+  }
   again = export_resnet(import_resnet(state))
   assert again.keys() == state.keys() and all(np.array_equal(again[k], state[k]) for k in state)
 
 
 @pytest.mark.parametrize("width,millions", [(1, 23.508), (2, 93.907)])
 def test_parameter_counts_are_the_published_ones(width, millions):
-  shapes = jax.eval_shape(lambda: ResNet(depth=50, width=width).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
+  shapes = jax.eval_shape(
+    lambda: ResNet(depth=50, width=width).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
+  )
   assert round(sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes["params"])) / 1e6, 3) == millions
 
 

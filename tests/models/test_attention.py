@@ -1,0 +1,95 @@
+"""Attention: one function whatever computes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_ssl.models import attention as lib
+
+
+def heads(tokens=5, dtype=jnp.float32):
+  return [jax.random.normal(k, (2, tokens, 3, 8), dtype) for k in jax.random.split(jax.random.key(0), 3)]
+
+
+def reference(q, k, v, mask=None):
+  logits = np.einsum("btnd,bsnd->bnts", *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(q.shape[-1])
+  logits = logits if mask is None else np.where(mask, logits, -np.inf)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return weights, np.einsum("bnts,bsnd->btnd", weights, np.asarray(v, np.float64))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_output_and_weights_are_those_of_the_formula(masked):
+  q, k, v = heads()
+  mask = np.tril(np.ones((5, 5), bool))[None, None] if masked else None
+  weights, out = reference(q, k, v, mask)
+  np.testing.assert_allclose(lib.attention(q, k, v, mask=mask), out, atol=2e-6)
+  np.testing.assert_allclose(lib.attention_weights(q, k, mask=mask), weights, atol=1e-6)
+
+
+def test_what_a_mask_hides_changes_nothing():
+  q, k, v = heads()
+  mask = jnp.arange(5)[None, None, None] < 3
+  whole = lib.attention(q, k, v, mask=mask)
+  short = lib.attention(q, k[:, :3], v[:, :3])
+  np.testing.assert_allclose(whole, short, atol=1e-6)
+
+
+def test_softmax_is_float32_under_bfloat16():
+  q, k, v = heads(dtype=jnp.bfloat16)
+  weights = lib.attention_weights(q, k)
+  assert weights.dtype == jnp.float32 and lib.attention(q, k, v).dtype == jnp.bfloat16
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+  np.testing.assert_allclose(weights, reference(q, k, v)[0], atol=1e-5)
+
+
+def test_a_fused_kernel_that_does_not_compile_is_found_out_while_the_step_is_traced(monkeypatch):
+  """The stand-in can be traced and differentiated but not compiled: the outer function must be rid of it by then."""
+  q, k, v = heads(tokens=7, dtype=jnp.bfloat16)
+  real, asked = jax.nn.dot_product_attention, []
+
+  @jax.custom_vjp
+  def missing(q):
+    return jax.ffi.ffi_call("no_such_kernel", jax.ShapeDtypeStruct(q.shape, q.dtype))(q)
+
+  missing.defvjp(lambda q: (missing(q), None), lambda _, g: (g,))
+
+  def fake(q, k, v, *, implementation, **kwargs):
+    asked.append(implementation)
+    return missing(q) if implementation == "cudnn" else real(q, k, v, implementation=implementation, **kwargs)
+
+  lib.cudnn_works.cache_clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+  try:
+    out = jax.jit(lib.attention)(q, k, v)
+  finally:
+    monkeypatch.undo()
+    lib.cudnn_works.cache_clear()
+  assert asked[0] == "cudnn" and asked[-1] == "xla"
+  np.testing.assert_allclose(np.asarray(out, np.float32), reference(q, k, v)[1], atol=2e-2)
+
+
+def test_a_fused_kernel_is_chosen_for_half_precision_only(monkeypatch):
+  asked = []
+  monkeypatch.setattr(lib, "cudnn_works", lambda *shapes: True)
+  monkeypatch.setattr(
+    jax.nn, "dot_product_attention", lambda q, k, v, *, mask, implementation: asked.append(implementation) or q
+  )
+  for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+    lib.attention(*heads(dtype=dtype))
+  assert asked == ["cudnn", "cudnn", "xla"]
+
+
+def test_the_module_returns_the_weights_that_make_its_output():
+  x = jax.random.normal(jax.random.key(0), (2, 5, 24))
+  layer = lib.MultiHeadAttention(heads=3)
+  params = layer.init(jax.random.key(1), x)["params"]
+  out, weights = layer.apply({"params": params}, x, return_weights=True)
+  value = jnp.einsum("btd,dnh->btnh", x, params["value"]["kernel"]) + params["value"]["bias"]
+  mixed = jnp.einsum("bnts,bsnh->btnh", weights, value)
+  wanted = jnp.einsum("btnh,nhd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+  np.testing.assert_allclose(out, wanted, atol=1e-6)
+  assert layer.apply({"params": params}, x)[1] is None

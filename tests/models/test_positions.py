@@ -1,0 +1,54 @@
+"""Position tables against what every public code base makes of them."""
+
+import numpy as np
+import pytest
+
+from big_ssl.core.types import UserError
+from big_ssl.models import positions
+
+RULES = {
+  "dino": ("dino", "dinov2_offset0.1_noaa"),
+  "hf": ("hf_size_noaa",),
+  "antialias": ("dinov2reg_size_antialias", "timm_bicubic_antialias"),
+  "linear": ("flexivit_runtime_linear", "loca_runtime_bilinear"),
+  "msn": ("msn",),
+}
+
+
+def test_position_tables_resample_by_every_public_rule(golden):
+  z = golden("vit_pos_embed_interpolation")
+  table, seen = z["pos_embed_with_cls"][0], 0
+  for rule, names in RULES.items():
+    for name in names:
+      for key in (k for k in z if k.endswith(f"/{name}")):
+        grid = tuple(int(n) for n in key.split("/")[0].split("x"))
+        out = positions.resample(table[1:].astype(np.float64), rule=rule, grid=grid, image=(grid[0] * 16, grid[1] * 16))
+        wanted = z[key][0][1:] if z[key].shape[1] == grid[0] * grid[1] + 1 else z[key][0]
+        np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=0, err_msg=key)
+        seen += 1
+  assert seen >= 40
+
+
+def test_a_table_that_is_no_square_needs_its_grid():
+  with pytest.raises(UserError, match="12 patches: not a square .3x3 has 9.; give its grid to resample it to 5x7"):
+    positions.resample(np.zeros((12, 4)), rule="dino", grid=(5, 7), image=(80, 112))
+  with pytest.raises(UserError, match="12 patches: does not fit the grid 5x3"):
+    positions.table_grid(12, (5, 3))
+  assert positions.table_grid(12, (3, 4)) == (3, 4)
+
+
+def test_an_unchanged_grid_is_the_identity_except_under_dino_where_the_image_is_not_square():
+  make = lambda rule, image: positions.resample_matrices(rule, table=(4, 4), grid=(4, 4), image=image)
+  assert all(make(rule, (64, 64)) is None for rule in positions.RULES)
+  assert all((make(rule, (64, 70)) is None) == (rule != "dino") for rule in positions.RULES)
+
+
+@pytest.mark.parametrize("rule", positions.RULES)
+def test_a_constant_table_stays_constant(rule):
+  out = positions.resample(np.ones((16, 3)), rule=rule, grid=(7, 7), image=(112, 112))
+  np.testing.assert_allclose(out, np.ones((49, 3)), atol=1e-12)
+
+
+def test_an_unknown_rule_names_the_nearest():
+  with pytest.raises(UserError, match="pos_rule='antialiased'.*Did you mean 'antialias'"):
+    positions.resample(np.zeros((16, 4)), rule="antialiased", grid=(5, 5), image=(80, 80))
