@@ -151,6 +151,9 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:  # before the loop listens, or a second time in it
+    print("interrupted; what was saved before is intact, run the same command to continue", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

@@ -184,6 +184,8 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     channels=train.channels,
     num_classes=num_classes,
   )
+  if method.refresh_every is not None:
+    raise UserError(f"config.method.name={config.method['name']!r}: asks for refresh_every={method.refresh_every}, which the loop does not call yet.")
   for inputs in (*as_streams(method.inputs()).values(), Inputs(views=(method.eval_view(),))):
     validate(inputs.views, train.channels)
   pipelines = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import pathlib
 import signal
 import threading
@@ -75,7 +74,7 @@ def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) ->
     logger.warning(f"step skipped: not finite, first in {tensor}")
   verdict = health.judge(metrics, thresholds=run.config.health)
   if verdict.state != previous and verdict.state != "healthy":
-    logger.warning(f"health: {verdict.state}: {verdict.message} {verdict.hint}")
+    logger.warning(f"health, {verdict.state}: {verdict.message} {verdict.hint}" if verdict.state == "collapsed" else f"health: {verdict.message} {verdict.hint}")
   return verdict
 
 
@@ -118,7 +117,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
       logger.log(done, values | {"health": verdict.state})
       skipped_logs = skipped_logs + 1 if values["skipped"] else 0
       collapsed = verdict.state == "collapsed" and config.health.stop_on_collapse
-      if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed or not math.isfinite(values["grad_norm"]) and skipped_logs >= _MAX_SKIPPED_LOGS:
+      if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed:
         with logger.timer("checkpoint"):
           checkpointer.close()
         logger.warning(f"training failed at step {done}: {verdict.message} {verdict.hint} Last good checkpoint: step {saved}.")

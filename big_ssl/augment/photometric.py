@@ -9,6 +9,7 @@ hue or gray: `validate` and the call raise `UserError`.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Literal
@@ -25,11 +26,12 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 @dataclasses.dataclass(frozen=True)
-class Operation:
+class Operation(abc.ABC):
   """What the photometric operations share: checks of their fields, at construction, and of the channels."""
 
+  @abc.abstractmethod
   def __call__(self, key: Array, image: Array) -> Array:
-    raise NotImplementedError
+    """image: [H, W, C] float32 in [0, 1] -> the same shape."""
 
   def validate(self, channels: int, *, view: str = "?") -> None:
     """Raises `UserError` when images of `channels` channels cannot be treated; `view` is for the message."""

@@ -12,6 +12,7 @@ import optax
 
 from big_ssl.augment import apply as augment
 from big_ssl.augment import resample
+from big_ssl.core.health import first_nonfinite
 from big_ssl.core.method import Inputs, Method, as_streams
 from big_ssl.core.optim import Optimizer
 from big_ssl.core.types import Array, Metrics, PyTree, TrainState, UserError
@@ -120,14 +121,14 @@ def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: in
     updated = optimizer.apply(state.params, out.grads, state.opt_state, state.step)
     extra = method.post_update(updated.params, out.extra, state.step)
 
-    bad = jnp.stack([~jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(out.grads)])
-    finite = jnp.isfinite(out.metrics["loss"]) & ~jnp.any(bad)
+    nonfinite = first_nonfinite(out.grads)
+    finite = jnp.isfinite(out.metrics["loss"]) & (nonfinite < 0)
     new = TrainState(step=state.step, params=updated.params, opt_state=updated.opt_state, extra=extra)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = out.metrics | updated.metrics
     metrics["grad_norm"] = optax.global_norm(out.grads)
     metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-    metrics["nonfinite"] = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.float32)
+    metrics["nonfinite"] = nonfinite.astype(jnp.float32)
     return new.replace(step=state.step + 1), metrics
 
   return step

@@ -40,7 +40,6 @@ def test_a_batch_in_two_halves_gets_the_same_numbers():
     np.testing.assert_allclose(np.concatenate([h[name] for h in halves]), value, atol=1e-5)
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="one device")
 def test_a_sharded_batch_gets_the_same_numbers():
   devices = jax.devices()[:2]
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
