@@ -77,13 +77,6 @@ def first_nonfinite(tree: PyTree) -> Array:
   return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
-def leaf_path(tree: PyTree, *, index: int) -> str:
-  """The "a/b/c" path of the leaf that `first_nonfinite` points at, "" for -1."""
-  if index < 0:
-    return ""
-  return jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(tree)[index][0], simple=True, separator="/")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HealthConfig:
   """Thresholds of the verdict (own choice, on the safe side of what healthy runs show).

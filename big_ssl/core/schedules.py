@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
-
-from big_ssl.core.types import Interval, UserError
 
 Number = Any  # a Python number, a numpy array or a traced scalar
 
@@ -51,76 +47,6 @@ def warmup_cosine(
   return xp.where(step < warmup, up, down)
 
 
-def piecewise(
-  step: Number, *, start: float, factor: float, boundaries: tuple[float, ...], xp: ModuleType = jnp
-) -> Number:
-  """start * factor^n, n being how many of the `boundaries` (in steps) the step has reached."""
-  dtype = xp.float32 if xp is jnp else xp.float64
-  passed = sum((xp.asarray(step >= b, dtype) for b in boundaries), xp.zeros(xp.shape(step), dtype))
-  return start * xp.power(xp.asarray(factor, dtype), passed)
-
-
 def _share(step: Number, total: float, xp: ModuleType) -> Number:
   step = xp.asarray(step, dtype=xp.float32 if xp is jnp else xp.float64)
   return xp.clip(step / max(total, 1e-9), 0.0, 1.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-  """A curve as a field of a config, such as a teacher temperature or a momentum.
-
-  Attributes:
-    name: shape; "constant" is `start` throughout, "step" multiplies it by `factor` at every boundary.
-    start, final: values at the first update and at the end of the schedule.
-    peak: value after the warm-up, "warmup_cosine" only.
-    warmup: length of the rise from `start` to `peak`.
-    stretch: the curve is laid over stretch * total steps (MSN: 1.25).
-    offset: update i uses the curve at i + offset.
-    inclusive: see `warmup_cosine`.
-    boundaries, factor: of "step"; boundaries are shares of the training in (0, 1).
-  """
-
-  name: Literal["constant", "linear", "cosine", "warmup_cosine", "step"] = "constant"
-  start: float = 0.0
-  final: float = 0.0
-  peak: float = 0.0
-  warmup: Interval = Interval(0, "steps")
-  stretch: float = 1.0
-  offset: int = 0
-  inclusive: bool = False
-  boundaries: tuple[float, ...] = ()
-  factor: float = 0.1
-
-  def build(
-    self, total_steps: int, *, batch_size: int = 1, examples: int = 1, path: str = "schedule"
-  ) -> Callable[..., Number]:
-    """Returns `value(step, xp=jnp)`.
-
-    Args:
-      total_steps: updates of the whole training.
-      batch_size, examples: what turns a warm-up in epochs or images into steps.
-      path: of this field in the config, for messages.
-
-    Raises:
-      UserError: the warm-up is longer than the training, or a boundary is outside (0, 1).
-    """
-    total = total_steps * self.stretch
-    warmup = self.warmup.steps(batch_size=batch_size, examples=examples)
-    if self.name == "warmup_cosine" and warmup >= total:
-      raise UserError(f"{path}.warmup={self.warmup}: {warmup} steps, but the schedule ends after {total:g}.")
-    if not all(0 < b < 1 for b in self.boundaries):
-      raise UserError(f"{path}.boundaries={self.boundaries}: expected shares of the training in (0, 1).")
-    boundaries = tuple(b * total for b in self.boundaries)
-
-    def value(step: Number, *, xp: ModuleType = jnp) -> Number:
-      step = step + self.offset
-      if self.name == "constant":
-        return xp.full(xp.shape(step), self.start, xp.float32 if xp is jnp else xp.float64)
-      if self.name == "step":
-        return piecewise(step, start=self.start, factor=self.factor, boundaries=boundaries, xp=xp)
-      ends = {"start": self.start, "final": self.final, "total": total, "xp": xp}
-      if self.name == "warmup_cosine":
-        return warmup_cosine(step, peak=self.peak, warmup=warmup, inclusive=self.inclusive, **ends)
-      return {"linear": linear, "cosine": cosine}[self.name](step, **ends)
-
-    return value

@@ -124,12 +124,10 @@ def test_agreement_is_the_cosine_in_float32_also_of_half_precision():
   assert float(health.agreement(x, x)) == pytest.approx(1) and float(health.agreement(x, x[::-1])) == pytest.approx(0)
 
 
-def test_the_first_nonfinite_tensor_is_found_and_named():
+def test_the_first_nonfinite_tensor_is_found():
   tree = {"a": jnp.ones(3), "b": {"kernel": jnp.asarray([1.0, jnp.inf]), "scale": jnp.asarray(jnp.nan)}}
-  index = int(jax.jit(health.first_nonfinite)(tree))
-  assert health.leaf_path(tree, index=index) == "b/kernel"
+  assert int(jax.jit(health.first_nonfinite)(tree)) == 1
   assert int(health.first_nonfinite({"a": jnp.ones(3)})) == -1 and int(health.first_nonfinite({})) == -1
-  assert health.leaf_path(tree, index=-1) == ""
 
 
 def test_numbers_are_the_same_on_eight_devices():

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from big_ssl.core import schedules
-from big_ssl.core.schedules import ScheduleConfig
-from big_ssl.core.types import Interval, UserError
+from big_ssl.core.config import OptimConfig
+from big_ssl.core.optim import learning_rate, weight_decay
+from big_ssl.core.types import Interval
+from big_ssl.methods.msn import MSN as MSNMethod
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 MSN, DINO, BYOL = (np.load(GOLDENS / f"{name}_schedules.npz") for name in ("msn", "dino", "byol"))
@@ -24,26 +26,43 @@ def check(curve, golden, *, steps=None):
   np.testing.assert_allclose(traced, golden, rtol=1e-6, atol=1e-9)
 
 
-def msn_curves():
+def test_msn_curves_match_the_reference():
   total = int(MSN["epochs"]) * int(MSN["iters_per_epoch"])
-  warmup = Interval(int(MSN["warmup_epochs"]) * int(MSN["iters_per_epoch"]), "steps")
+  warmup = int(MSN["warmup_epochs"]) * int(MSN["iters_per_epoch"])
   start, peak, final = map(float, MSN["start_ref_final_lr"])
   decay, decay_final = map(float, MSN["wd_ref_final"])
+  lr = dict(start=start, peak=peak, final=final, warmup=warmup, total=1.25 * total)
+  check(lambda i, xp: schedules.warmup_cosine(i + 1, xp=xp, **lr), MSN["lr"])
+  check(lambda i, xp: schedules.cosine(i + 1, start=decay, final=decay_final, total=1.25 * total, xp=xp), MSN["weight_decay"])
+  for name, ends in (("ema_momentum", (0.996, 1.0)), ("sharpen_T", map(float, MSN["T_start_final"]))):
+    first, last = ends
+    check(lambda i, xp, a=first, b=last: schedules.linear(i, start=a, final=b, total=1.25 * total, xp=xp), MSN[name])
+
+
+def test_the_curves_of_the_optimizer_and_the_method_are_the_reference():
+  total, steps = len(MSN["lr"]), range(len(MSN["lr"]))
+  start, peak, final = map(float, MSN["start_ref_final_lr"])
+  decay, decay_final = map(float, MSN["wd_ref_final"])
+  config = OptimConfig(
+    lr=peak,
+    start_lr=start,
+    final_lr=final,
+    warmup=Interval(float(MSN["warmup_epochs"]), "epochs"),
+    stretch=1.25,
+    schedule_offset=1,
+    weight_decay=decay,
+    weight_decay_final=decay_final,
+  )
   sharpen, sharpen_final = map(float, MSN["T_start_final"])
-  lr = ScheduleConfig(name="warmup_cosine", start=start, peak=peak, final=final, warmup=warmup, stretch=1.25, offset=1)
-  return total, {
-    "lr": lr,
-    "weight_decay": ScheduleConfig(name="cosine", start=decay, final=decay_final, stretch=1.25, offset=1),
-    "ema_momentum": ScheduleConfig(name="linear", start=0.996, final=1.0, stretch=1.25),
-    "sharpen_T": ScheduleConfig(name="linear", start=sharpen, final=sharpen_final, stretch=1.25),
+  method = MSNMethod(total_steps=total, sharpen=sharpen, sharpen_final=sharpen_final)
+  curves = {
+    "lr": learning_rate(config, total_steps=total, batch_size=1, examples=int(MSN["iters_per_epoch"])),
+    "weight_decay": weight_decay(config, total_steps=total),
+    "ema_momentum": method.ema_momentum,
+    "sharpen_T": method.sharpening,
   }
-
-
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "ema_momentum", "sharpen_T"])
-def test_msn_curves_match_the_reference(name):
-  total, curves = msn_curves()
-  value = curves[name].build(total)
-  check(lambda i, xp: value(i, xp=xp), MSN[name])
+  for name, curve in curves.items():
+    np.testing.assert_allclose([float(curve(jnp.int32(i))) for i in steps], MSN[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
@@ -91,30 +110,3 @@ def test_curves_stay_at_their_end_after_the_end():
   assert float(schedules.linear(99, start=1.0, final=3.0, total=10)) == 3.0
   assert float(schedules.cosine(99, start=1.0, final=3.0, total=10)) == 3.0
   assert float(schedules.warmup_cosine(99, start=0.0, peak=1.0, final=0.5, warmup=3, total=10)) == 0.5
-
-
-def test_step_schedule_falls_at_each_boundary_and_constant_does_not():
-  value = ScheduleConfig(name="step", start=0.8, factor=0.5, boundaries=(0.5, 0.75)).build(8)
-  np.testing.assert_allclose([float(value(i)) for i in range(8)], [0.8] * 4 + [0.4] * 2 + [0.2] * 2, rtol=1e-6)
-  assert float(ScheduleConfig(start=0.3).build(8)(jnp.int32(5))) == pytest.approx(0.3)
-
-
-def test_warmup_in_epochs_is_resolved_to_steps():
-  config = ScheduleConfig(name="warmup_cosine", peak=1.0, warmup=Interval(2, "epochs"))
-  value = config.build(100, batch_size=10, examples=50)  # 5 steps per epoch
-  assert float(value(5)) == pytest.approx(0.5) and float(value(10)) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-  ("config", "message"),
-  [
-    (
-      ScheduleConfig(name="warmup_cosine", warmup=Interval(20, "steps")),
-      "config.method.lr.warmup=20steps: 20 steps, but",
-    ),
-    (ScheduleConfig(name="step", boundaries=(0.5, 3.0)), r"config.method.lr.boundaries=\(0.5, 3.0\)"),
-  ],
-)
-def test_impossible_schedules_are_named(config, message):
-  with pytest.raises(UserError, match=message):
-    config.build(10, path="config.method.lr")
