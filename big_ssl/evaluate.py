@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,9 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from big_ssl.core import sharding
-from big_ssl.core.method import Inputs, Sequential
-from big_ssl.core.step import make_features
-from big_ssl.core.types import TrainState
+from big_ssl.core.method import Inputs, Sequential, View
+from big_ssl.core.step import make_features, prepare
+from big_ssl.core.types import Array, Extra, Params, TrainState
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.evals.base import Features
 from big_ssl.setup import Run, make_pipeline
@@ -32,6 +32,7 @@ class Extractor:
     self._random: TrainState | None = None
     self._pipelines: dict[str, Pipeline] = {}
     self._resident: dict[str, Any] = {}
+    self._functions: dict[tuple, Any] = {}
     self.state: TrainState | None = None
 
   def __call__(self, split: str, *, output: str = "pooled", weights: str = "current") -> Features:
@@ -44,6 +45,34 @@ class Extractor:
       self._constant[key] = features
     return features
 
+  def over_training_set(
+    self,
+    state: TrainState,
+    function: Callable[[Params, Extra, dict[str, Array]], Array],
+    *,
+    views: tuple[View, ...] = (),
+    rng: Array | None = None,
+  ) -> np.ndarray:
+    """`core.method.Extract`: the outputs of `function` for every training image, in the order of the source."""
+    run, drawn = self._run, bool(views)
+    views = views or (run.method.eval_view(),)
+    inputs = Inputs(views=views, sampler=Sequential())
+    if (function, views) not in self._functions:
+      self._functions[function, views] = jax.jit(
+        lambda params, extra, raw, resident, key: function(params, extra, prepare(inputs, raw, resident, key))
+      )
+    # Boxes are drawn by the name of the stream: others at every refresh.
+    stream = f"refresh/{int(state.step)}" if drawn else "eval/train"
+    pipeline = make_pipeline(run.config, run.sources["train"], inputs, mesh=run.mesh, stream=stream)
+    resident = self._placed("train", pipeline)
+    key = jax.random.key(0) if rng is None else rng
+    rows = []
+    with jax.set_mesh(run.mesh):
+      for step, raw in pipeline.iterate(0, self._steps("train")):
+        step_key = jax.random.fold_in(key, step)
+        rows.append(_gather(self._functions[function, views](state.params, state.extra, sharding.make_global(run.mesh, raw), resident, step_key)))
+    return np.concatenate(rows)[: len(run.sources["train"])]
+
   def _random_state(self) -> TrainState:
     if self._random is None:
       self._random = self._run.initial_state()
@@ -55,16 +84,22 @@ class Extractor:
       inputs = Inputs(views=(run.method.eval_view(),), source=split, sampler=Sequential())
       pipeline = make_pipeline(run.config, run.sources[split], inputs, mesh=run.mesh, stream=f"eval/{split}")
       self._pipelines[split] = pipeline
-      if pipeline.resident is not None:
-        train = run.resident.get("") if split == "train" else None
-        self._resident[split] = train if train is not None else sharding.replicate(run.mesh, pipeline.resident)
     return self._pipelines[split]
+
+  def _placed(self, split: str, pipeline: Pipeline) -> Any:
+    """The images of an in-memory source on the devices, once; None for others."""
+    if pipeline.resident is not None and split not in self._resident:
+      train = self._run.resident.get("") if split == "train" else None
+      self._resident[split] = train if train is not None else sharding.replicate(self._run.mesh, pipeline.resident)
+    return self._resident.get(split)
+
+  def _steps(self, split: str) -> int:
+    return -(-len(self._run.sources[split]) // self._run.config.batch_size)
 
   def batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """This process's raw rows of `split`, in order; "valid" marks the rows that count."""
     pipeline = self._pipeline(split)
-    steps = -(-len(self._run.sources[split]) // self._run.config.batch_size)
-    for _, raw in pipeline.iterate(0, steps):
+    for _, raw in pipeline.iterate(0, self._steps(split)):
       yield raw
 
   def _compute(self, split: str, output: str, state: TrainState) -> Features:
@@ -72,7 +107,8 @@ class Extractor:
     rows, indices, valids = [], [], []
     with jax.set_mesh(run.mesh):
       for raw in self.batches(split):
-        out = self._features(state.params, state.extra, sharding.make_global(run.mesh, raw), self._resident.get(split))
+        resident = self._placed(split, self._pipeline(split))
+        out = self._features(state.params, state.extra, sharding.make_global(run.mesh, raw), resident)
         if output not in out:
           raise KeyError(f"{type(run.method).__name__} has no output '{output}'; it has {', '.join(sorted(out))}")
         rows.append(_gather(out[output]))
@@ -86,6 +122,15 @@ class Extractor:
       index=index[valid],
       source=run.sources[split].describe()["name"],
     )
+
+
+def refresh(run: Run, extract: Extractor, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+  """The method's refresh at the current step, its result placed as the state was; names of its numbers get "refresh/"."""
+  key = jax.random.fold_in(jax.random.key(run.config.seed), state.step)
+  with jax.set_mesh(run.mesh):
+    new, metrics = run.method.refresh(state, extract.over_training_set, jax.random.fold_in(key, 1))
+    new = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), new, run.abstract_state)
+  return new, {f"refresh/{k}": float(v) for k, v in metrics.items()}
 
 
 def _gather(x: jax.Array) -> np.ndarray:

@@ -21,7 +21,7 @@ from big_ssl.core.config import Config
 from big_ssl.core.method import Inputs, Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
 from big_ssl.core.step import make_step, prepare_streams
-from big_ssl.core.types import PyTree, TrainState, UserError
+from big_ssl.core.types import Extra, PyTree, TrainState, UserError
 from big_ssl.data import source as source_lib
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource
@@ -59,6 +59,10 @@ class Run:
     """Shapes of an augmented batch of two images, from which parameters are shaped."""
     return _batch_shapes(self.method, self.pipelines)
 
+  def boundary_after(self, step: int) -> int:
+    """The next refresh after `step`, or the end of the run."""
+    return min((s for s in self.method.refresh_steps() if s > step), default=self.total_steps)
+
   @functools.cached_property
   def resident(self) -> dict[str, Any]:
     """Images of in-memory sources, on the devices, per stream; empty where images come with the batch."""
@@ -68,9 +72,10 @@ class Run:
         cache[id(pipeline.resident)] = sharding.replicate(self.mesh, pipeline.resident)
     return {name: cache[id(p.resident)] for name, p in self.pipelines.items() if p.resident is not None}
 
-  def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Raw global batches of the steps start ... stop - 1."""
-    iterators = {name: p.iterate(start, stop) for name, p in self.pipelines.items()}
+  def batches(self, start: int, stop: int, extra: Extra) -> Iterator[dict[str, Any]]:
+    """Raw global batches of the steps start ... stop - 1, in the order that the method plans from `extra`, if it does."""
+    order = functools.cache(lambda epoch: self.method.plan(extra, epoch, self.config.seed))
+    iterators = {name: p.iterate(start, stop, order=order if p.shuffles else None) for name, p in self.pipelines.items()}
     while True:
       raw = {}
       for name, iterator in iterators.items():
@@ -79,6 +84,12 @@ class Run:
           return
         raw[name] = item[1]
       yield sharding.make_global(self.mesh, raw)
+
+  def raw_spec(self) -> dict[str, Any]:
+    """Shapes and shardings of `batches`."""
+    place = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+    spec = {name: p.spec() for name, p in self.pipelines.items()}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), spec)
 
   def jit_step(self) -> Any:
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
@@ -95,6 +106,7 @@ class Run:
       f"state {total / 2**20:,.1f} MiB per device (parameters, optimizer, teacher and the rest), mesh {mesh} on {jax.devices()[0].device_kind}",
       f"{self.total_steps:,} steps of {self.config.batch_size} images, {self.examples:,} images in {self.sources['train'].describe()['name']}",
     ]
+    lines += [f"each refresh takes {size / 2**20:,.1f} MiB more for {name}" for name, size in self.method.refresh_memory().items()]
     return "\n".join(lines)
 
   def meta(self) -> dict[str, Any]:
@@ -133,7 +145,9 @@ def _batch_shapes(method: Method, pipelines: dict[str, Pipeline]) -> PyTree:
   return jax.eval_shape(lambda r, i: prepare_streams(method, r, i, jax.random.key(0)), raw, resident)
 
 
-def make_method(config: Config, *, total_steps: int = 1, steps_per_epoch: float = 1.0, channels: int = 3, num_classes: int = 0) -> Method:
+def make_method(
+  config: Config, *, total_steps: int = 1, num_examples: int = 0, channels: int = 3, num_classes: int = 0
+) -> Method:
   """The method with its backbone, built and checked."""
   model = config_lib.build_named("models", config.model, Backbone, path="config.model")
   if hasattr(model, "channels") and "channels" not in config.model:
@@ -145,7 +159,8 @@ def make_method(config: Config, *, total_steps: int = 1, steps_per_epoch: float 
     path="config.method",
     model=model,
     total_steps=total_steps,
-    steps_per_epoch=steps_per_epoch,
+    batch_size=config.batch_size,
+    num_examples=num_examples,
     image_channels=channels,
     num_classes=num_classes,
   )
@@ -180,12 +195,10 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   method = make_method(
     config,
     total_steps=total_steps,
-    steps_per_epoch=examples / config.batch_size,
+    num_examples=examples,
     channels=train.channels,
     num_classes=num_classes,
   )
-  if method.refresh_every is not None:
-    raise UserError(f"config.method.name={config.method['name']!r}: asks for refresh_every={method.refresh_every}, which the loop does not call yet.")
   for inputs in (*as_streams(method.inputs()).values(), Inputs(views=(method.eval_view(),))):
     validate(inputs.views, train.channels)
   pipelines = {
@@ -201,7 +214,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     examples=examples,
   )
   abstract = jax.eval_shape(functools.partial(_init_state, method, optimizer, _batch_shapes(method, pipelines)), jax.random.key(0))
-  shardings = sharding.state_shardings(mesh, abstract, config.mesh)
+  shardings = sharding.state_shardings(mesh, abstract, config.mesh, row_sharded=method.row_sharded)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
   return Run(
     config=config,
@@ -219,7 +232,10 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
 
 def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh, stream: str = "", batch_size: int = 0) -> Pipeline:
   """A pipeline over this process's rows of the global batch."""
-  size = batch_size or config.batch_size
+  size = batch_size or inputs.batch_size or config.batch_size
+  per_device = mesh.shape["data"] * mesh.shape["fsdp"]
+  if size % per_device:
+    raise UserError(f"the {size} images of a batch of stream '{stream}' must be divisible by the {per_device} devices of the data and fsdp axes.")
   largest = max(max(v.shape) for v in inputs.views)
   crop = config.data.crop
   if crop == "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import signal
 import threading
@@ -17,7 +16,7 @@ from big_ssl.core import health
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.logger import Logger, peak_flops
 from big_ssl.core.types import TrainState, UserError
-from big_ssl.evaluate import Extractor, evaluate
+from big_ssl.evaluate import Extractor, evaluate, refresh
 from big_ssl.setup import Run
 
 DONE, STOPPED, FAILED = 0, 3, 4
@@ -90,18 +89,21 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
   start = int(state.step)
   logger.resume(start)
 
-  batches = run.batches(start, total)
   if start < total:
     with logger.timer("data"):
-      first = next(batches)
       resident = run.resident
     with logger.timer("compile"), jax.set_mesh(run.mesh):
-      step_fn = run.jit_step().lower(state, first, resident).compile()
-    batches = itertools.chain([first], batches)
+      step_fn = run.jit_step().lower(state, run.raw_spec(), resident).compile()
     logger.flops(_flops(step_fn), peak_flops(jax.devices()[0].device_kind))
 
-  metrics, verdict_state, skipped_logs, saved = None, "", 0, start
+  metrics, refreshed, verdict_state, skipped_logs, saved = None, {}, "", 0, start
+  refreshes = run.method.refresh_steps()
   for step in range(start, total):
+    if step in refreshes:  # a checkpoint of this step holds the state before
+      with logger.timer("refresh"):
+        state, refreshed = refresh(run, extract, state)
+    if step in refreshes or step == start:
+      batches = run.batches(step, run.boundary_after(step), state.extra)
     with logger.timer("data"):
       raw = next(batches)
     with logger.timer("step"), jax.transfer_guard("disallow"):
@@ -114,7 +116,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
       verdict = judge(run, logger, values, verdict_state)
       verdict_state = verdict.state
-      logger.log(done, values | {"health": verdict.state})
+      logger.log(done, values | refreshed | {"health": verdict.state})
       skipped_logs = skipped_logs + 1 if values["skipped"] else 0
       collapsed = verdict.state == "collapsed" and config.health.stop_on_collapse
       if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed:

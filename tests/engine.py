@@ -11,6 +11,7 @@ import numpy as np
 
 from big_ssl import setup
 from big_ssl.core import config as config_lib
+from big_ssl.evaluate import Extractor, refresh
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_VIT = {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48}
@@ -61,12 +62,17 @@ def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop
   run = setup.make_run(config, devices=jax.devices()[:devices])
   state = run.initial_state() if state is None else state
   stop = run.total_steps if stop is None else stop
-  history = []
+  history, extract = [], Extractor(run)
   with jax.set_mesh(run.mesh):
     step_fn = run.jit_step()
-    for raw in run.batches(int(state.step), stop):
-      state, metrics = step_fn(state, raw, run.resident)
-      history.append({k: float(v) for k, v in metrics.items()})
+    step = start = int(state.step)
+    while step < stop:
+      if step in run.method.refresh_steps():
+        state, _ = refresh(run, extract, state)
+      for raw in run.batches(step, min(run.boundary_after(step), stop), state.extra):
+        state, metrics = step_fn(state, raw, run.resident)
+        history.append({k: float(v) for k, v in metrics.items()})
+      step = start + len(history)
   return state, history
 
 

@@ -21,7 +21,7 @@ from big_ssl.core.types import UserError
 from big_ssl.evaluate import Extractor
 
 DEFAULTS = engine.default_configs()
-ENGINE_FIELDS = {"model", "total_steps", "steps_per_epoch", "image_channels", "num_classes"}
+ENGINE_FIELDS = {f.name for f in dataclasses.fields(Method)}
 
 
 def abstract_run(name: str, recipe: str) -> setup.Run:
@@ -70,7 +70,7 @@ def test_steps_are_finite_and_change_every_trained_parameter(name):
 def test_no_gradient_reaches_the_extra_state(name):
   run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
   state = run.initial_state()
-  raw = next(run.batches(0, 1))
+  raw = next(run.batches(0, 1, state.extra))
   batch = prepare_streams(run.method, raw, run.resident, jax.random.key(1))
   floats, rest = {}, {}
   for key, value in state.extra.items():

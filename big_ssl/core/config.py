@@ -57,22 +57,29 @@ class OptimConfig:
 
   Attributes:
     lr: peak learning rate; with lr_scale "linear" it is multiplied by batch/256, with "sqrt" by sqrt(batch).
-    schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, then by a cosine to final_lr.
+    schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, then by a cosine to final_lr;
+      "step" multiplies by `decay_factor` at each of `milestones`.
+    warmup_inclusive: the warm-up includes both ends, as numpy's linspace (DINO, SwAV): its last update has the peak already.
+    schedule_every: the curves of the learning rate and the weight decay move only so often, such as "1epochs" (MoCo v2).
     stretch: the curves (learning rate, weight decay and the method's own) are laid over stretch * total steps.
     schedule_offset: update i uses the curve at i + offset (MSN steps its scheduler first: 1).
     weight_decay, weight_decay_final: decoupled decay; a cosine from the first to the second where both are given.
-    lr_in_momentum: for "sgd" and "lars": the learning rate is inside the velocity (SimCLR) instead of outside (torch).
-    trust_coefficient: of "lars".
+    lr_in_momentum: for "sgd", "lars", "larc": the learning rate is inside the velocity (SimCLR) instead of outside (torch).
+    trust_coefficient: of "lars" and "larc".
     accumulate: microbatches per update, for methods whose loss is a mean over examples.
     clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor.
     rules: parameter rules that come before the method's own.
   """
 
-  name: Literal["adamw", "sgd", "lars"] = "adamw"
+  name: Literal["adamw", "sgd", "lars", "larc"] = "adamw"
   lr: float = 1e-3
   lr_scale: Literal["none", "linear", "sqrt"] = "none"
-  schedule: Literal["constant", "cosine", "warmup_cosine"] = "warmup_cosine"
+  schedule: Literal["constant", "cosine", "warmup_cosine", "step"] = "warmup_cosine"
   warmup: Interval = Interval(0, "steps")
+  warmup_inclusive: bool = False
+  milestones: tuple[Interval, ...] = ()
+  decay_factor: float = 0.1
+  schedule_every: Interval | None = None
   start_lr: float = 0.0
   final_lr: float = 0.0
   stretch: float = 1.0

@@ -14,7 +14,7 @@ from typing import Any
 
 from big_ssl.core.types import UserError
 
-PARTS = ("data", "step", "checkpoint", "eval", "compile", "other")
+PARTS = ("data", "step", "refresh", "checkpoint", "eval", "compile", "other")
 _PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, from the vendors' data sheets
   "H200": 989e12,
   "H100": 989e12,

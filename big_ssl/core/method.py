@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -72,22 +72,61 @@ class Inputs:
   keys: tuple[str, ...] = ()
   sampler: Shuffle | Sequential = Shuffle()
 
+  @property
+  def batch_size(self) -> int:
+    """Images of one step where the sampler decides; 0 is the run's batch."""
+    return getattr(self.sampler, "batch_size", 0)
+
+
+class Extract(Protocol):
+  """Outputs of a pure function for every image of the training set, as `Method.refresh` gets it."""
+
+  def __call__(
+    self,
+    state: TrainState,
+    function: Callable[[Params, Extra, dict[str, Array]], Array],
+    *,
+    views: tuple[View, ...] = (),
+    rng: Array | None = None,
+  ) -> np.ndarray:
+    """Row i belongs to image i of the source; an unreadable image has the row of the one that replaces it.
+
+    Args:
+      state: whose params and extra `function` is given.
+      function: (params, extra, batch) -> [B, ...]; a method of the frozen `Method`, so that it is compiled once.
+      views: () is the evaluation view; others are cut and augmented as in training.
+      rng: key of that augmentation; also draws the boxes.
+
+    Returns:
+      [num_examples, ...] on the host, the same on every process.
+    """
+    ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
   """A self-supervised system as pure functions; hyper-parameters are the fields, and it holds no array.
 
-  The last four fields are filled by the engine from the config and the data, never by the user.
+  The fields below are filled by the engine from the config and the data, never by the user.
+
+  Attributes:
+    model: the backbone, a linen module from `models/`.
+    total_steps, batch_size, num_examples: updates of the run, images of one, images of the training set.
+    image_channels: of the training images.
+    num_classes: of the training labels; 0 where there are none.
   """
 
-  model: Any = None  # the backbone, a linen module from `models/`
+  model: Any = None
   total_steps: int = 0
-  steps_per_epoch: float = 0.0
+  batch_size: int = 1
+  num_examples: int = 0
   image_channels: int = 3
-  num_classes: int = 0  # of the training labels; 0 where there are none
+  num_classes: int = 0
 
-  supports_accumulation = False  # class constant: is the loss a mean over examples?
+  # Class constants.
+  supports_accumulation = False  # is the loss a mean over examples?
   accumulation_reason = "its loss is not a mean over examples"
+  row_sharded: tuple[str, ...] = ()  # entries of `extra` whose first axis, where it divides, is split over the devices
 
   @abc.abstractmethod
   def inputs(self) -> Inputs | dict[str, Inputs]:
@@ -120,19 +159,38 @@ class Method(abc.ABC):
     """Ordered rules; every parameter must match one."""
     return (Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False), Rule(pattern=r".*"))
 
-  @property
-  def refresh_every(self) -> Interval | None:
-    return None
+  def refresh_steps(self) -> Sequence[int]:
+    """The steps right before which `refresh` is called, ascending; none by default (see `steps_every`)."""
+    return ()
 
-  def refresh(self, state: TrainState, extract: Callable, rng: Array) -> TrainState:
-    """Epoch-level work (clustering, banks) at `refresh_every`; `extract` gives features of the whole training set."""
+  def refresh(self, state: TrainState, extract: Extract, rng: Array) -> tuple[TrainState, dict[str, float]]:
+    """Epoch-level work on the host: clustering, banks, new heads with their optimizer state.
+
+    A function of its arguments alone: a run that is killed inside repeats it from the checkpoint before. `state.step`
+    must not change. The numbers returned are logged with every line until the next refresh.
+    """
     del extract, rng
-    return state
+    return state, {}
+
+  def refresh_memory(self) -> dict[str, int]:
+    """Bytes that a refresh takes besides the state, by what they are for; printed before the start."""
+    return {}
 
   def plan(self, extra: Extra, epoch: int, seed: int) -> np.ndarray | None:
-    """The index order of one epoch from checkpointed state only; None leaves it to the sampler."""
+    """The index order of one epoch, [num_examples] integers, from checkpointed state only; None leaves it to the sampler.
+
+    Asked anew after every refresh, for streams that shuffle.
+    """
     del extra, epoch, seed
     return None
+
+  @property
+  def steps_per_epoch(self) -> float:
+    return self.num_examples / self.batch_size
+
+  def steps_every(self, interval: Interval) -> range:
+    """0, every, 2 every, ... below `total_steps`: the usual `refresh_steps`."""
+    return range(0, self.total_steps, max(interval.steps(batch_size=self.batch_size, examples=self.num_examples), 1))
 
   def replace(self, **changes: Any) -> Method:
     return dataclasses.replace(self, **changes)

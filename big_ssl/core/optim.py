@@ -1,4 +1,4 @@
-"""Optimizers with parameter rules: AdamW, momentum SGD and LARS, as pure functions of the step.
+"""Optimizers with parameter rules: AdamW, momentum SGD, LARS and LARC, as pure functions of the step.
 
 Learning rate and weight decay are read from curves at the step; nothing counts but `TrainState.step`, except Adam's
 bias correction, whose count is kept per tensor: a tensor frozen for a while starts its own count at its first update,
@@ -76,30 +76,44 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, exa
   """The scheduled learning rate as a function of the step."""
   factor = {"none": 1.0, "linear": batch_size / 256, "sqrt": batch_size**0.5}[config.lr_scale]
   warmup = config.warmup.steps(batch_size=batch_size, examples=examples)
+  clock = _clock(config, batch_size=batch_size, examples=examples)
   if config.schedule == "constant":
     return lambda step: jnp.full((), config.lr * factor, jnp.float32)
+  if config.schedule == "step":
+    boundaries = [m.steps(batch_size=batch_size, examples=examples) for m in config.milestones]
+    return lambda step: schedules.staircase(clock(step), start=config.lr * factor, boundaries=boundaries, factor=config.decay_factor)
   if config.schedule == "warmup_cosine" and warmup >= total_steps * config.stretch:
     raise UserError(f"config.optim.warmup={config.warmup}: {warmup} steps, but the schedule ends after {int(total_steps * config.stretch)}.")
   return lambda step: schedules.warmup_cosine(
-    step + config.schedule_offset,
+    clock(step),
     start=config.start_lr * factor,
     peak=config.lr * factor,
     final=config.final_lr * factor,
     warmup=warmup if config.schedule == "warmup_cosine" else 0,
     total=int(total_steps * config.stretch),
+    inclusive=config.warmup_inclusive,
   )
 
 
-def weight_decay(config: OptimConfig, *, total_steps: int) -> Callable[[Array], Array]:
+def weight_decay(config: OptimConfig, *, total_steps: int, batch_size: int, examples: int) -> Callable[[Array], Array]:
   """The scheduled weight decay as a function of the step."""
+  clock = _clock(config, batch_size=batch_size, examples=examples)
   if config.weight_decay_final is None:
     return lambda step: jnp.full((), config.weight_decay, jnp.float32)
   return lambda step: schedules.cosine(
-    step + config.schedule_offset,
+    clock(step),
     start=config.weight_decay,
     final=config.weight_decay_final,
     total=int(total_steps * config.stretch),
   )
+
+
+def _clock(config: OptimConfig, *, batch_size: int, examples: int) -> Callable[[Array], Array]:
+  """The point of its curve at which an update is made: offset, and held within `schedule_every`."""
+  if config.schedule_every is None:
+    return lambda step: step + config.schedule_offset
+  every = max(config.schedule_every.steps(batch_size=batch_size, examples=examples), 1)
+  return lambda step: (step + config.schedule_offset) // every * every
 
 
 def make_optimizer(
@@ -108,8 +122,8 @@ def make_optimizer(
   """Builds the optimizer for (abstract or real) `params`."""
   tensors = match_rules(params, tuple(config.rules) + tuple(rules), batch_size=batch_size, examples=examples)
   lr_curve = learning_rate(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
-  wd_curve = weight_decay(config, total_steps=total_steps)
-  update = {"adamw": _adamw, "sgd": _momentum, "lars": _momentum}[config.name]
+  wd_curve = weight_decay(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
+  update = _adamw if config.name == "adamw" else _momentum
 
   def init(params: Params) -> PyTree:
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
@@ -165,7 +179,10 @@ def _adamw(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates
 
 
 def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
-  """Momentum SGD and LARS (arXiv 1708.03888): d = ratio (g + wd p), ratio = trust |p| / |g + wd p|, 1 for SGD and without trust.
+  """Momentum SGD, LARS (arXiv 1708.03888) and LARC: d = ratio (g + wd p), ratio 1 for SGD and where a rule says so.
+
+  LARS: ratio = trust |p| / |g + wd p|, 1 where a norm is 0. LARC (NVIDIA apex, clip off): ratio = trust |p| / (|g| + wd |p| + eps), and
+  the raw gradient, without decay, where |p| or |g| is 0.
 
   v <- m v + d, p <- p - lr v (torch, BYOL, MoCo v3); with `lr_in_momentum`, v <- m v + lr d, p <- p - v (SimCLR, PAWS).
   The two agree only while the learning rate is constant.
@@ -175,10 +192,15 @@ def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, ra
     p_norm, d_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(d.ravel())
     usable = (p_norm > 0) & (d_norm > 0)
     d = d * jnp.where(usable, config.trust_coefficient * p_norm / jnp.where(usable, d_norm, 1.0), 1.0)
+  elif config.name == "larc" and rule.trust_ratio:
+    p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+    ratio = config.trust_coefficient * p_norm / (g_norm + rates.decay * p_norm + config.eps)
+    d = jnp.where((p_norm > 0) & (g_norm > 0), ratio * d, g)
   inside, outside = (rates.lr, 1.0) if config.lr_in_momentum else (1.0, rates.lr)
   d = inside * d
-  v = config.momentum * old["momentum"] + d
-  return p - outside * (config.momentum * v + d if config.nesterov else v), {"momentum": v}
+  momentum = config.momentum * rule.momentum
+  v = momentum * old["momentum"] + d
+  return p - outside * (momentum * v + d if config.nesterov else v), {"momentum": v}
 
 
 def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, by: str) -> Params:
@@ -201,9 +223,11 @@ def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, 
 
 def parameter_table(tensors: tuple[Tensor, ...]) -> str:
   """Shape, learning-rate factor, decay factor, freezing of every tensor, as text; recipes are compared by it."""
-  lines = [f"{'parameter':<64} {'shape':<20} {'lr':>5} {'decay':>6} {'clip':>5} {'frozen until':>13}"]
+  lines = [f"{'parameter':<64} {'shape':<20} {'lr':>5} {'decay':>6} {'trust':>5} {'clip':>5} {'momentum':>8} {'frozen until':>13}"]
   for t in tensors:
     frozen = "always" if t.rule.lr_mult == 0 else str(t.freeze_steps) if t.freeze_steps else "-"
-    lines.append(f"{t.path:<64} {str(t.shape):<20} {t.rule.lr_mult:>5g} {t.rule.weight_decay:>6g} {str(t.rule.clip):>5} {frozen:>13}")
+    shape, rule = str(t.shape), t.rule
+    flags = f"{rule.trust_ratio!s:>5} {rule.clip!s:>5} {rule.momentum:>8g} {frozen:>13}"
+    lines.append(f"{t.path:<64} {shape:<20} {rule.lr_mult:>5g} {rule.weight_decay:>6g} {flags}")
   lines.append(f"total {sum(int(np.prod(t.shape)) for t in tensors):,} parameters in {len(tensors)} tensors")
   return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,12 @@ def warmup_cosine(
   up = linear(step, start=start, final=peak, total=up_length, xp=xp)
   down = cosine(step - warmup, start=peak, final=final, total=max(total - warmup, 1), xp=xp)
   return xp.where(step < warmup, up, down)
+
+
+def staircase(step: Number, *, start: float, boundaries: Sequence[int], factor: float, xp: ModuleType = jnp) -> Number:
+  """start * factor^n, n the number of `boundaries` that `step` has reached."""
+  reached = sum((xp.asarray(step >= b, dtype=xp.float32) for b in boundaries), xp.zeros(()))
+  return start * factor**reached
 
 
 def _share(step: Number, total: float, xp: ModuleType) -> Number:

@@ -86,10 +86,11 @@ def make_mesh(config: MeshConfig, *, batch_size: int, devices: Sequence[jax.Devi
   return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def state_shardings(mesh: Mesh, abstract_state: PyTree, config: MeshConfig) -> PyTree:
+def state_shardings(mesh: Mesh, abstract_state: PyTree, config: MeshConfig, *, row_sharded: tuple[str, ...] = ()) -> PyTree:
   """One NamedSharding per leaf: the tensor rules first, then the largest divisible dimension over fsdp, else replicated.
 
-  Teacher and moments have the shapes of the parameters, and so get the same shardings.
+  Teacher and moments have the shapes of the parameters, and so get the same shardings. The entries of `extra` named in
+  `row_sharded` are split by their first axis over data and fsdp where it divides.
 
   Raises:
     UserError: a tensor rule names a dimension that the axis does not divide.
@@ -98,6 +99,10 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree, config: MeshConfig) -> P
   def place(path, leaf) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec: list = [None] * leaf.ndim
+    entry = name.split("/")
+    if entry[0] == "extra" and entry[1] in row_sharded:
+      divides = leaf.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+      return NamedSharding(mesh, BATCH if divides else P())
     for pattern, dim in config.tensor_rules:
       if mesh.shape["tensor"] > 1 and leaf.ndim and re.search(pattern, name):
         if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] % mesh.shape["tensor"]:

@@ -91,6 +91,7 @@ class Rule:
     trust_ratio: whether LARS and LARC adapt the tensor.
     clip: whether the tensor is inside gradient clipping.
     freeze_until: no update, no decay and no moments before this point of training.
+    momentum: factor on the momentum of "sgd", "lars" and "larc".
   """
 
   pattern: str
@@ -99,3 +100,4 @@ class Rule:
   trust_ratio: bool = True
   clip: bool = True
   freeze_until: Interval | None = None
+  momentum: float = 1.0

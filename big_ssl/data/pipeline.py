@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 
-from big_ssl.core.method import Inputs, Sequential
+from big_ssl.core.method import Inputs, Sequential, Shuffle
 from big_ssl.core.resampling import axis_weights
 from big_ssl.core.types import UserError
 from big_ssl.data import plan
@@ -50,9 +51,9 @@ class Pipeline:
     crop: Literal["device", "host"] = "device",
     threads: int = 0,
     prefetch: int = 4,
-    order: Callable[[int], np.ndarray | None] | None = None,
   ):
-    self._source, self._inputs, self._order = source, inputs, order
+    self._source, self._inputs = source, inputs
+    self._order: plan.Order | None = None
     self._batch_size, self._rows, self._canvas, self._crop = batch_size, rows, canvas, crop
     self._seed = seed if not stream else int(plan.uniforms(seed, stream, np.zeros(1, np.uint64), 1)[0, 0] * 2**31)
     self._threads, self._prefetch = threads or os.cpu_count() or 1, prefetch
@@ -65,6 +66,10 @@ class Pipeline:
           f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs;"
           f" it has {', '.join(have) or 'images only'}."
         )
+
+  @property
+  def shuffles(self) -> bool:
+    return isinstance(self._inputs.sampler, Shuffle)
 
   # Planning
 
@@ -170,9 +175,11 @@ class Pipeline:
       out["size"] = np.ones((b, 2), np.int32)
     return out
 
-  def iterate(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(step, batch) for start <= step < stop, read ahead."""
-    yield from _ahead(self._batches(start, stop), self._prefetch)
+  def iterate(self, start: int, stop: int, *, order: plan.Order | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(step, batch) for start <= step < stop, read ahead; `order` overrides the sampler (see `plan.indices`)."""
+    pipeline = copy.copy(self)
+    pipeline._order = order
+    yield from _ahead(pipeline._batches(start, stop), self._prefetch)
 
   def _batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     if self.resident is not None:

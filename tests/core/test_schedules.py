@@ -57,7 +57,7 @@ def test_the_curves_of_the_optimizer_and_the_method_are_the_reference():
   method = MSNMethod(total_steps=total, sharpen=sharpen, sharpen_final=sharpen_final)
   curves = {
     "lr": learning_rate(config, total_steps=total, batch_size=1, examples=int(MSN["iters_per_epoch"])),
-    "weight_decay": weight_decay(config, total_steps=total),
+    "weight_decay": weight_decay(config, total_steps=total, batch_size=1, examples=1),
     "ema_momentum": method.ema_momentum,
     "sharpen_T": method.sharpening,
   }

@@ -265,7 +265,7 @@ def test_streams_and_seeds_draw_other_images():
 
 def test_a_given_order_is_followed():
   reverse = np.arange(20)[::-1]
-  batches = [make(arrays(), order=lambda epoch: reverse if epoch == 1 else None).batch(s)["index"] for s in range(5)]
+  batches = [b["index"] for _, b in make(arrays()).iterate(0, 5, order=lambda epoch: reverse if epoch == 1 else None)]
   indices = np.concatenate(batches)
   np.testing.assert_array_equal(indices[20:40], reverse)
   np.testing.assert_array_equal(np.sort(indices[:20]), np.arange(20))
