@@ -12,23 +12,16 @@ Published, low-shot logistic regression with 1 % of the labels / linear: S/16 67
 
 import ml_collections
 
-from big_ssl.core.types import UserError, nearest
+from configs import common
 
 
 def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
-  recipes = {"sprites": sprites, "cifar10": cifar10, "imagenet": imagenet, "imagenet_b16": imagenet_b16, "imagenet_l7": imagenet_l7}
-  if recipe not in recipes:
-    raise UserError(f"--config=configs/msn.py:{recipe}: no such recipe.{nearest(recipe, recipes)} Accepted: {', '.join(recipes)}.")
-  return ml_collections.ConfigDict(recipes[recipe]())
+  return common.pick("msn", recipe, sprites, cifar10, imagenet, imagenet_b16, imagenet_l7)
 
 
 def sprites() -> dict:
   """The default: embedded data, about five minutes on two CPU cores."""
-  return dict(
-    seed=0,
-    batch_size=128,
-    total="1400steps",
-    log_every="50steps",
+  return common.sprites_run() | dict(
     method=dict(
       name="msn",
       num_prototypes=64,
@@ -40,11 +33,8 @@ def sprites() -> dict:
       momentum=0.98,
       eval_fraction=1.0,
     ),
-    model=dict(name="vit", variant="custom", width=96, depth=4, heads=3, mlp_dim=384, patch=8, image_size=32, patch_init="msn", pos_rule="msn"),
-    data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
+    model=common.sprites_vit(patch_init="msn", pos_rule="msn"),
     optim=optimizer(lr=2e-3, start_lr=2e-4, warmup="50steps"),
-    checkpoint=dict(every="350steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="700steps", baselines=True)),
   )
 
 
@@ -53,11 +43,7 @@ def cifar10() -> dict:
 
   Command: python -m big_ssl.main --config=configs/msn.py:cifar10 --data_dir=DIR_OF_TFDS
   """
-  return dict(
-    seed=0,
-    batch_size=512,
-    total="200epochs",
-    log_every="50steps",
+  return common.cifar10_run() | dict(
     method=dict(
       name="msn",
       num_prototypes=256,
@@ -67,15 +53,12 @@ def cifar10() -> dict:
       focal_size=16,
       focal_views=8,
       blur=0.0,
-      mean=(0.4914, 0.4822, 0.4465),
-      std=(0.2470, 0.2435, 0.2616),
+      mean=common.CIFAR10_MEAN,
+      std=common.CIFAR10_STD,
       eval_fraction=1.0,
     ),
-    model=dict(name="vit", variant="Ti", patch=4, image_size=32, patch_init="msn", pos_rule="msn"),
-    data=dict(source="tfds:cifar10"),
+    model=common.vit_ti4(patch_init="msn", pos_rule="msn"),
     optim=optimizer(lr=1e-3, start_lr=2e-4, warmup="10epochs"),
-    checkpoint=dict(every="10epochs", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="20epochs", baselines=True)),
   )
 
 
@@ -105,17 +88,10 @@ def imagenet_l7() -> dict:
 
 
 def _imagenet(*, epochs: int, patch_drop: float, model: dict, focal_size: int) -> dict:
-  return dict(
-    seed=0,
-    batch_size=1024,
-    total=f"{epochs}epochs",
-    log_every="100steps",
+  return common.imagenet_run(total=f"{epochs}epochs", batch_size=1024) | dict(
     method=dict(name="msn", num_prototypes=1024, output_dim=256, hidden_dim=2048, patch_drop=patch_drop, focal_size=focal_size),
     model=dict(name="vit", image_size=224, patch_init="msn", pos_rule="msn") | model,
-    data=dict(source="tfds:imagenet2012"),
     optim=optimizer(lr=1e-3, start_lr=2e-4, warmup="15epochs"),
-    checkpoint=dict(every="1epochs", keep_last=3, keep_every="100epochs"),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="10epochs")),
   )
 
 

@@ -8,41 +8,35 @@ Command: python -m big_ssl.main --config=configs/supervised.py
 
 import ml_collections
 
-from big_ssl.core.types import UserError, nearest
+from configs import common
 
 
 def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
-  recipes = {"sprites": sprites, "imagenet": imagenet}
-  if recipe not in recipes:
-    raise UserError(f"--config=configs/supervised.py:{recipe}: no such recipe.{nearest(recipe, recipes)} Accepted: {', '.join(recipes)}.")
-  return ml_collections.ConfigDict(recipes[recipe]())
+  return common.pick("supervised", recipe, sprites, cifar10, imagenet)
 
 
 def sprites() -> dict:
-  return dict(
-    seed=0,
-    batch_size=128,
-    total="400steps",
-    log_every="20steps",
+  return common.sprites_run(total="400steps") | dict(
     method=dict(name="supervised", size=32, scale=(0.3, 1.0), color_strength=0.5, eval_fraction=1.0),
-    model=dict(name="vit", variant="custom", width=96, depth=4, heads=3, mlp_dim=384, patch=8, image_size=32),
-    data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
+    model=common.sprites_vit(),
     optim=dict(name="adamw", lr=1e-3, warmup="40steps", weight_decay=0.1, clip=1.0),
-    checkpoint=dict(every="200steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="200steps", baselines=True)),
+  )
+
+
+def cifar10() -> dict:
+  """ResNet-18 with the CIFAR stem; own choice of optimizer, the yardstick of the self-supervised CIFAR-10 recipes."""
+  return common.cifar10_run() | dict(
+    method=dict(
+      name="supervised", size=32, scale=(0.2, 1.0), color_strength=0.5, mean=common.CIFAR10_MEAN, std=common.CIFAR10_STD, eval_fraction=1.0
+    ),
+    model=common.resnet18_cifar(),
+    optim=dict(name="sgd", lr=0.1, lr_scale="linear", warmup="5epochs", weight_decay=5e-4, nesterov=True),
   )
 
 
 def imagenet() -> dict:
-  return dict(
-    seed=0,
-    batch_size=1024,
-    total="90epochs",
-    log_every="100steps",
+  return common.imagenet_run(total="90epochs", batch_size=1024) | dict(
     method=dict(name="supervised", scale=(0.05, 1.0)),
     model=dict(name="vit", variant="S", patch=16, image_size=224),
-    data=dict(source="tfds:imagenet2012"),
     optim=dict(name="adamw", lr=1e-3, warmup="10000steps", weight_decay=0.1, clip=1.0),
-    checkpoint=dict(every="1epochs", keep_last=3),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="10epochs")),
   )

@@ -14,7 +14,10 @@ from big_ssl.core import config as config_lib
 from big_ssl.evaluate import Extractor, refresh
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY_VIT = {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48}
+TINY = {
+  "vit": {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48},
+  "resnet": {"model.stem_width": 8, "model.blocks": (1, 1, 1, 1)},
+}
 SMALL = {
   "batch_size": 16,
   "total": "6steps",
@@ -29,7 +32,7 @@ SMALL = {
 def recipes() -> list[tuple[str, str]]:
   """(config, recipe) of every file in configs/: each public function there that takes no argument is a recipe."""
   found = []
-  for file in sorted((ROOT / "configs").glob("*.py")):
+  for file in sorted(f for f in (ROOT / "configs").glob("*.py") if f.stem != "common"):
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,10 +54,7 @@ def load(name: str, recipe: str = "", **overrides) -> config_lib.Config:
 
 def small(name: str, **overrides) -> config_lib.Config:
   """The default recipe of a config, shrunk in data, length and network; the method keeps every option."""
-  fields = SMALL | overrides
-  if load(name).model["name"] == "vit":
-    fields = TINY_VIT | fields
-  return load(name, **fields)
+  return load(name, **SMALL | TINY.get(load(name).model["name"], {}) | overrides)
 
 
 def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pathlib
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -162,10 +163,14 @@ def _run_file(spec: str) -> dict:
     raise UserError(f"--config={spec}: no such file '{name}'.{near}")
   module_spec = importlib.util.spec_from_file_location("big_ssl_config", file)
   module = importlib.util.module_from_spec(module_spec)
+  beside = str(file.resolve().parent.parent)  # so that configs/x.py can say "from configs import common" from anywhere
+  sys.path.insert(0, beside)
   try:
     module_spec.loader.exec_module(module)
   except (SyntaxError, ImportError, NameError) as error:
     raise UserError(f"--config={spec}: the file cannot be read: {error}") from error
+  finally:
+    sys.path.remove(beside)
   if not callable(getattr(module, "get_config", None)):
     raise UserError(f"--config={spec}: the file has no function get_config().")
   takes_argument = bool(inspect.signature(module.get_config).parameters)
