@@ -68,7 +68,9 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     sharding.check_topology(json.dumps(tree, sort_keys=True, default=str))
 
   from big_ssl import setup
+  from big_ssl.core.checkpoint import quiet_storage
 
+  quiet_storage()
   run = setup.make_run(config)
   if args.mode == "check":
     print(run.describe())

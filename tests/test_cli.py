@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear line per mistake, kill and resume."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,11 +11,15 @@ import sys
 import time
 
 import engine
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-TINY = [f"--config.{k}={v}" for k, v in (engine.SMALL | engine.TINY_VIT).items()]
+from big_ssl import setup
+from big_ssl.core.checkpoint import Checkpointer
+
+TINY = [f"--config.{k}={v}" for k, v in (engine.SMALL | engine.TINY["vit"]).items()]
 
 
 def command(workdir, *extra):
@@ -34,12 +39,33 @@ def losses(workdir) -> dict[int, float]:
   return {row["step"]: row["loss"] for row in lines if "loss" in row}
 
 
+def final_state(workdir):
+  overrides = engine.SMALL | engine.TINY["vit"] | {"total": "40steps"}
+  whole = setup.make_run(engine.load("msn", **overrides), devices=jax.devices()[:1])
+  state, _ = Checkpointer(workdir).restore(whole.abstract_state)
+  return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Uninterrupted:
+  losses: dict[int, float]
+  state: object
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole")
   done = run(workdir, "--config.total=40steps")
   assert done.returncode == 0, done.stdout + done.stderr
-  return losses(workdir)
+  return Uninterrupted(losses(workdir), final_state(workdir))
+
+
+def assert_continues_as_if_never_stopped(workdir, uninterrupted):
+  done = run(workdir, "--config.total=40steps")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert losses(workdir) == uninterrupted.losses
+  state = final_state(workdir)
+  assert int(state.step) == 40 and engine.leaves_equal(state, uninterrupted.state)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +119,25 @@ def test_killed_at_random_points_and_restarted_the_losses_are_bit_equal(tmp_path
       except json.JSONDecodeError:
         continue
       if "loss" in row:
-        assert row["loss"] == uninterrupted[row["step"]], f"step {row['step']}"
+        assert row["loss"] == uninterrupted.losses[row["step"]], f"step {row['step']}"
         seen[row["step"]] = row["loss"]
-  done = run(tmp_path, "--config.total=40steps")
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert losses(tmp_path) == uninterrupted
+  assert_continues_as_if_never_stopped(tmp_path, uninterrupted)
+
+
+def test_killed_in_the_middle_of_a_save_the_half_written_checkpoint_is_ignored(tmp_path, uninterrupted):
+  folder = tmp_path / "checkpoints"
+  half_written = []
+  for _ in range(8):  # the kill may come after the last file is in place: try again from there
+    process = subprocess.Popen(command(tmp_path, "--config.total=40steps"), cwd=engine.ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (half_written := list(folder.glob("[1-9]*tmp*"))):
+      time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    half_written = list(folder.glob("[1-9]*tmp*"))
+    if half_written:
+      break
+  assert half_written, "no kill hit a save"
+  assert_continues_as_if_never_stopped(tmp_path, uninterrupted)
 
 
 def test_sigterm_saves_and_the_same_command_continues(tmp_path, uninterrupted):
@@ -110,8 +150,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, uninterrupted):
   assert process.returncode == 3, out
   assert "run the same command to continue" in out
   assert any((tmp_path / "checkpoints").iterdir())
-  assert run(tmp_path, "--config.total=40steps").returncode == 0
-  assert losses(tmp_path) == uninterrupted
+  assert_continues_as_if_never_stopped(tmp_path, uninterrupted)
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path):

@@ -6,7 +6,10 @@ dtype silently. A damaged newest checkpoint is set aside, never deleted, and the
 
 from __future__ import annotations
 
+import logging
 import pathlib
+import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +40,19 @@ def compare(saved: dict[str, list], wanted: dict[str, list], *, where: str) -> N
     raise UserError(f"{where}: the checkpoint does not fit this config. {'; '.join(parts)}. Use another --workdir or the config it was made with.")
 
 
+def quiet_storage() -> None:
+  """Silences what the storage layers log when a write fails, hundreds of lines; `Checkpointer` says it in one."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _cause(error: Exception) -> str:
+  """The system's own words where the long message of the storage layer ends in them."""
+  text = str(error).strip() or type(error).__name__
+  system = re.findall(r": ([^:]+?) \[os_error_code=", text)
+  return system[-1] if system else text.splitlines()[0][:160]
+
+
 class Checkpointer:
   """Saves and restores under `workdir/checkpoints/<step>`."""
 
@@ -54,7 +70,13 @@ class Checkpointer:
 
   def save(self, state: TrainState, *, meta: dict[str, Any]) -> None:
     """Starts writing; returns as soon as the arrays are copied. A failure surfaces here or in `wait`."""
+    self.wait()  # the save before, whose failure is told first
     step = int(state.step)
+    needed, free = _local_bytes(state), shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise UserError(
+        f"{self.directory}: the checkpoint of step {step} needs up to {needed / 2**20:,.1f} MiB, the disk has {free / 2**20:,.1f} MiB left; {self._kept()}."
+      )
     record = meta | {"tree": signature(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
     self._guard(lambda: self._manager.save(step, args=args, force=True))
@@ -70,10 +92,11 @@ class Checkpointer:
     try:
       action()
     except Exception as error:  # the storage layers raise OSError, ValueError and their own kinds for a full disk
-      cause = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-      older = self.steps()
-      kept = f"the checkpoint of step {older[-1]} is intact" if older else "no earlier checkpoint exists"
-      raise UserError(f"{self.directory}: the checkpoint could not be written ({cause}); {kept}.") from error
+      raise UserError(f"{self.directory}: the checkpoint could not be written ({_cause(error)}); {self._kept()}.") from error
+
+  def _kept(self) -> str:
+    older = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]  # the manager also lists what it is writing
+    return f"the checkpoint of step {max(older)} is intact" if older else "no earlier checkpoint exists"
 
   def restore(self, abstract: TrainState, *, step: int | None = None, warn: Callable[[str], None] = print) -> tuple[TrainState, dict] | None:
     """The newest readable state, placed as the shardings of `abstract` say, and its record; None when there is none.
@@ -96,9 +119,8 @@ class Checkpointer:
       except UserError:
         raise
       except Exception as error:  # damaged files surface as many kinds of exception
-        cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         aside = self._set_aside(candidate)
-        warn(f"checkpoint {candidate} is damaged ({cause}); moved to {aside}, trying the one before it.")
+        warn(f"checkpoint {candidate} is damaged ({_cause(error)}); moved to {aside}, trying the one before it.")
     return None
 
   def _set_aside(self, step: int) -> pathlib.Path:
@@ -112,6 +134,12 @@ class Checkpointer:
       (self.directory / str(step)).rename(target)
     self._manager.reload()
     return target
+
+
+def _local_bytes(state: PyTree) -> int:
+  """Bytes that this process writes, before compression: each shard once."""
+  shards = [s for x in jax.tree.leaves(state) for s in getattr(x, "addressable_shards", ()) if s.replica_id == 0]
+  return sum(s.data.nbytes for s in shards)
 
 
 def equal(a: PyTree, b: PyTree) -> bool:
