@@ -147,8 +147,9 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
       evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=total)
   with logger.timer("checkpoint"):
     checkpointer.close()
-  for name, reason in run.sources["train"].problems:
-    logger.notice(f"skipped image {name}: {reason}")
+  if problems := run.sources["train"].problems:
+    listed = [f"skipped image {name}: {reason}" for name, reason in problems]
+    logger.notice("\n".join([*listed, f"{len(problems)} of {run.examples:,} images could not be read and were skipped"]))
   return DONE
 
 

@@ -175,7 +175,7 @@ def test_a_changed_data_folder_is_refused_and_nothing_is_lost(tmp_path):
   workdir = tmp_path / "work"
   done = run(workdir, f"--data={images}")
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "broken.jpg" in done.stdout
+  assert "skipped image broken.jpg" in done.stdout and "1 of 21 images could not be read" in done.stdout
   (images / "0.png").unlink()
   again = run(workdir, f"--data={images}", "--config.total=8steps")
   assert again.returncode == 2 and "data=" in again.stderr and "Traceback" not in again.stderr, again.stderr
@@ -197,8 +197,10 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_eval_extract_and_check_read_the_checkpoint(tmp_path):
   assert run(tmp_path).returncode == 0
+  before = (tmp_path / "metrics.jsonl").read_text()
   done = run(tmp_path, "--mode=eval")
   assert done.returncode == 0 and "knn" in done.stdout, done.stdout + done.stderr
+  assert sorted((tmp_path / "metrics.jsonl").read_text().splitlines()) == sorted(before.splitlines())
   assert run(tmp_path, "--mode=extract").returncode == 0
   with np.load(tmp_path / "features_eval.npz") as z:
     assert z["features"].shape == (40, 24) and z["labels"].shape == (40,)

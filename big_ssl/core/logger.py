@@ -169,11 +169,10 @@ class Logger:
   def log_eval(self, step: int, name: str, metrics: dict[str, float], protocol: str) -> None:
     """An evaluation: its numbers, and its protocol beside them.
 
-    Done again at the step from which the run was resumed, it replaces the line that is there.
+    Done again at the same step, it replaces the line that is there.
     """
     key = f"eval/{name}/protocol"
-    if step == self._first_step:
-      self._keep(lambda row: row["step"] != step or key not in row)
+    self._keep(lambda row: row["step"] != step or key not in row)
     scores = {k: _plain(v) for k, v in metrics.items()}
     row = {"step": step} | {f"eval/{name}/{k}": v for k, v in scores.items()} | {key: protocol}
     self._append(row)
