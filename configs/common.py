@@ -26,7 +26,7 @@ def sprites_run(*, total: str = "1400steps") -> dict:
     log_every="50steps",
     data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
     checkpoint=dict(every="350steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="700steps", baselines=True)),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="700steps", baselines=True), linear=dict()),
   )
 
 
@@ -45,7 +45,7 @@ def cifar10_run(*, total: str = "200epochs", batch_size: int = 512) -> dict:
     log_every="50steps",
     data=dict(source="tfds:cifar10"),
     checkpoint=dict(every="10epochs", keep_last=2),
-    evals=dict(knn=dict(k=200, temperature=0.1, every="20epochs", baselines=True)),
+    evals=dict(knn=dict(k=200, temperature=0.1, every="20epochs", baselines=True), linear=dict()),
   )
 
 

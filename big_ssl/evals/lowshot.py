@@ -112,7 +112,15 @@ class Fitted:
   objective: float
 
 
-def fit_logistic(x: np.ndarray, *, labels: np.ndarray, num_classes: int, l2: float) -> Fitted:
+def fit_logistic(
+  x: np.ndarray,
+  *,
+  labels: np.ndarray,
+  num_classes: int,
+  l2: float,
+  tolerance: float = 1e-14,
+  path: str = "config.evals.lowshot",
+) -> Fitted:
   """The unique minimum of (1/n) sum cross-entropy + l2 / (2 n) ||W||^2, no intercept (scikit-learn's C = 1 / l2).
 
   Args:
@@ -120,16 +128,18 @@ def fit_logistic(x: np.ndarray, *, labels: np.ndarray, num_classes: int, l2: flo
     labels: [n] integers; each of 0 ... num_classes - 1 is there.
     num_classes: C, at least 2.
     l2: lambda.
+    tolerance: relative decrease of the objective at which the search ends.
+    path: of the evaluator, for the messages.
 
   Raises:
     UserError: fewer than two classes, or a class without an image.
   """
   missing = np.setdiff1d(np.arange(num_classes), labels)
   if num_classes < 2:
-    raise UserError("config.evals.lowshot: the data has one class, at least 2 are needed.")
+    raise UserError(f"{path}: the data has one class, at least 2 are needed.")
   if len(missing):
     raise UserError(
-      f"config.evals.lowshot: no training image of class {missing[0]} ({len(missing)} of {num_classes} are missing)."
+      f"{path}: no training image of class {missing[0]} ({len(missing)} of {num_classes} are missing)."
     )
   n, dims = x.shape
   x = np.asarray(x, np.float64)
@@ -148,6 +158,6 @@ def fit_logistic(x: np.ndarray, *, labels: np.ndarray, num_classes: int, l2: flo
     np.zeros(dims * num_classes),
     jac=True,
     method="L-BFGS-B",
-    options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-14, "gtol": 1e-8, "maxcor": 20},
+    options={"maxiter": 20_000, "maxfun": 40_000, "ftol": tolerance, "gtol": 1e-8, "maxcor": 20},
   )
   return Fitted(found.x.reshape(dims, num_classes), float(found.fun))

@@ -12,6 +12,7 @@ from big_ssl.core.config import build_named
 from big_ssl.core.types import Interval, UserError
 from big_ssl.evals.base import Evaluator, Features
 from big_ssl.evals.knn import Knn
+from big_ssl.evals.linear import LinearProbe
 from big_ssl.evals.lowshot import LowShot, fit_logistic, preprocess
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -127,6 +128,25 @@ def test_lowshot_separates_planted_classes_better_than_its_baselines():
     assert word in report.protocol, report.protocol
 
 
+def test_linear_probe_is_exact_on_separable_features_and_below_on_its_baselines():
+  m = LinearProbe(baselines=True)(planted).metrics
+  assert m["top1"] == 100 and m["random_init/top1"] < m["raw_pixels/top1"] < 100, m
+
+
+def test_linear_probe_takes_the_penalty_that_holds_for_unseen_images():
+  def noisy(split, **kwargs):
+    del kwargs
+    rng = np.random.default_rng(split == "train")
+    labels = np.arange(400, dtype=np.int32) % 2
+    features = np.concatenate([labels[:, None] + 0.8 * rng.normal(size=(400, 1)), rng.normal(size=(400, 120))], axis=1)
+    return Features(features.astype(np.float32), labels, np.arange(400))
+
+  weak, strong = (LinearProbe(l2=(l2,))(noisy).metrics["top1"] for l2 in (1e-3, 1e2))
+  assert strong > weak + 2
+  report = LinearProbe(l2=(1e-3, 1e2))(noisy)
+  assert report.metrics["top1"] == strong and "lambda=100 of" in report.protocol
+
+
 def test_lowshot_is_a_function_of_its_fields_alone():
   def pixels(split, *, output, weights):
     return planted(split, output="pixels")
@@ -149,6 +169,7 @@ def test_lowshot_is_a_function_of_its_fields_alone():
     (lambda: LowShot(images_per_class=11)(planted), "images_per_class=11: class 0 of 6 has 10 training images"),
     (lambda: LowShot(images_per_class=()), "config.evals.lowshot.images_per_class"),
     (lambda: LowShot(l2=0.0), "config.evals.lowshot.l2=0.0"),
+    (lambda: LinearProbe(l2=(1.0, 0.0)), "config.evals.linear.l2"),
     (lambda: LowShot(splits=0), "config.evals.lowshot.splits=0"),
     (
       lambda: fit_logistic(np.eye(3), labels=np.array([0, 1, 3]), num_classes=4, l2=1.0),
