@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from big_ssl.core import sharding
-from big_ssl.core.method import Inputs, Sequential, View
+from big_ssl.core.method import Inputs, Sequential, View, as_streams
 from big_ssl.core.step import make_features, prepare
 from big_ssl.core.types import Array, Extra, Params, TrainState
 from big_ssl.data.pipeline import Pipeline
@@ -68,8 +68,8 @@ class Extractor:
     key = jax.random.key(0) if rng is None else rng
     rows = []
     with jax.set_mesh(run.mesh):
-      for step, raw in pipeline.iterate(0, self._steps("train")):
-        step_key = jax.random.fold_in(key, step)
+      for i, raw in pipeline.iterate(0, self._steps("train")):
+        step_key = jax.random.fold_in(key, i)
         rows.append(_gather(self._functions[function, views](state.params, state.extra, sharding.make_global(run.mesh, raw), resident, step_key)))
     return np.concatenate(rows)[: len(run.sources["train"])]
 
@@ -89,8 +89,9 @@ class Extractor:
   def _placed(self, split: str, pipeline: Pipeline) -> Any:
     """The images of an in-memory source on the devices, once; None for others."""
     if pipeline.resident is not None and split not in self._resident:
-      train = self._run.resident.get("") if split == "train" else None
-      self._resident[split] = train if train is not None else sharding.replicate(self._run.mesh, pipeline.resident)
+      streams = as_streams(self._run.method.inputs())
+      there = [images for name, images in self._run.resident.items() if streams[name].source == split]
+      self._resident[split] = there[0] if there else sharding.replicate(self._run.mesh, pipeline.resident)
     return self._resident.get(split)
 
   def _steps(self, split: str) -> int:
@@ -121,7 +122,14 @@ class Extractor:
       labels=None if labels is None else np.asarray(labels)[index[valid]].astype(np.int32),
       index=index[valid],
       source=run.sources[split].describe()["name"],
+      used_in_training=self._labeled(split, index[valid]),
     )
+
+  def _labeled(self, split: str, index: np.ndarray) -> np.ndarray | None:
+    """Which of these images are in a class-balanced stream of the method; None where it has none."""
+    streams = as_streams(self._run.method.inputs())
+    rows = [p.labeled for name, p in self._run.pipelines.items() if streams[name].source == split and p.labeled is not None]
+    return np.isin(index, np.concatenate(rows)) if rows else None
 
 
 def refresh(run: Run, extract: Extractor, state: TrainState) -> tuple[TrainState, dict[str, float]]:

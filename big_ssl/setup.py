@@ -74,6 +74,8 @@ class Run:
 
   def batches(self, start: int, stop: int, extra: Extra) -> Iterator[dict[str, Any]]:
     """Raw global batches of the steps start ... stop - 1, in the order that the method plans from `extra`, if it does."""
+    if type(self.method).plan is not Method.plan:  # later epochs are planned when the step has donated its state
+      extra = jax.tree.map(lambda x: np.array(x) if x.is_fully_addressable or x.is_fully_replicated else x, extra)
     order = functools.cache(lambda epoch: self.method.plan(extra, epoch, self.config.seed))
     iterators = {name: p.iterate(start, stop, order=order if p.shuffles else None) for name, p in self.pipelines.items()}
     while True:

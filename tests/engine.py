@@ -54,7 +54,26 @@ def load(name: str, recipe: str = "", **overrides) -> config_lib.Config:
 
 def small(name: str, **overrides) -> config_lib.Config:
   """The default recipe of a config, shrunk in data, length and network; the method keeps every option."""
-  return load(name, **SMALL | TINY.get(load(name).model["name"], {}) | overrides)
+  config = load(name)
+  return load(name, **SMALL | TINY.get(config.model["name"], {}) | few_labels(config) | few_clusters(config) | overrides)
+
+
+def few_labels(config: config_lib.Config) -> dict:
+  """Overrides for a method with a class-balanced support: so few classes and images that a small world of sprites has them."""
+  if "classes_per_step" not in config.method:
+    return {}
+  return {
+    "data.train_examples": 120,
+    "method.classes_per_step": 4,
+    "method.images_per_class": 2,
+    "method.labels_per_class": 3,
+  }
+
+
+def few_clusters(config: config_lib.Config) -> dict:
+  """Overrides for a method that clusters the training set: no more clusters and dimensions than the few images allow."""
+  wanted = {"num_clusters": 6, "pca_dim": 8, "solves": 3}
+  return {f"method.{name}": value for name, value in wanted.items() if name in config.method}
 
 
 def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):

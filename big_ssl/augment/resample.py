@@ -16,6 +16,7 @@ def cut(
   *,
   size: tuple[int, int] | int,
   interpolation: str = "bilinear",
+  antialias: bool = True,
   sizes: Array | None = None,
 ) -> Array:
   """Crops `box`, resizes it to `size` with the antialiasing of PIL, flips it left-right where asked.
@@ -30,6 +31,7 @@ def cut(
     flip: [B, V] bool.
     size: output side, or (height, width).
     interpolation: "bilinear" or "bicubic".
+    antialias: False reads the nearest pixels only, as tf.image.resize does by default.
     sizes: [B, 2] height and width of the image on the canvas. None resizes the crop (training, `crop` other than
       "center"); given, the filter reads the image around the box too, as resizing the image and then cutting the
       crop does (`crop="center"`; without it the outermost pixels are up to 5 grey levels off, inside 1).
@@ -43,18 +45,10 @@ def cut(
     image = image / jnp.iinfo(canvas.dtype).max
   image = jnp.moveaxis(image, -1, 1)  # [B, C, Hc, Wc]: with the channels last the products take 1.4 times as long
   limits = (None, None) if sizes is None else (sizes[:, None, 0], sizes[:, None, 1])
-  weights_y = axis_weights(
-    box[..., 0], box[..., 2], size=height, canvas=canvas.shape[1], interpolation=interpolation, xp=jnp, limit=limits[0]
-  )
+  options = {"interpolation": interpolation, "antialias": antialias, "xp": jnp}
+  weights_y = axis_weights(box[..., 0], box[..., 2], size=height, canvas=canvas.shape[1], limit=limits[0], **options)
   weights_x = axis_weights(
-    box[..., 1],
-    box[..., 3],
-    size=width,
-    canvas=canvas.shape[2],
-    interpolation=interpolation,
-    xp=jnp,
-    limit=limits[1],
-    flip=flip,
+    box[..., 1], box[..., 3], size=width, canvas=canvas.shape[2], limit=limits[1], flip=flip, **options
   )
   precision = jax.lax.Precision.HIGHEST  # TF32 and bf16 products lose grey levels
   rows = jnp.einsum("bvyh,bchw->bvycw", weights_y, image, precision=precision)

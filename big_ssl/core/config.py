@@ -68,7 +68,8 @@ class OptimConfig:
     lr_in_momentum: for "sgd", "lars", "larc": the learning rate is inside the velocity (SimCLR) instead of outside (torch).
     trust_coefficient: of "lars" and "larc".
     accumulate: microbatches per update, for methods whose loss is a mean over examples.
-    clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor.
+    clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor,
+      where query, key and value of an attention are one.
     rules: parameter rules that come before the method's own.
   """
 

@@ -23,24 +23,29 @@ class View:
     size: output side in pixels, or (height, width).
     count: how many independent copies are drawn per image.
     crop: how the box is chosen: "random_resized" as torchvision's RandomResizedCrop (10 tries, then a clamped
-      center crop); "center" the largest box of the output's aspect, shrunk by `center_fraction`; "none" the whole image, squashed.
+      center crop); "clipped" one draw, its sides clipped to the image (BYOL); "center" the largest box of the output's
+      aspect, shrunk by `center_fraction`; "none" the whole image, squashed.
     scale: range of the crop's share of the image area.
     ratio: range of the crop's width/height, drawn log-uniformly.
     flip: probability of a left-right flip.
-    interpolation: "bilinear" or "bicubic", both antialiased as in PIL.
+    interpolation: "bilinear" or "bicubic".
+    antialias: the filter is stretched when shrinking, as in PIL; False is tf.image.resize's default.
     center_fraction: for "center": 224/256 is "resize the shorter side to 256, cut the center 224".
-    return_box: adds `batch[name + "_box"]`, [B, count, 4]: y0, x0, y1, x1 as shares of the image's height and width.
+    return_box: adds `batch[name + "_box"]`, [B, count, 4]: y0, x0, y1, x1 as shares of the image's height and width;
+      `batch[name + "_flip"]`, [B, count] bool; and `batch["size"]`, [B, 2] height and width in pixels of the image (as
+      decoded into the canvas). Boxes of "random_resized" are whole pixels: round(box * size) is exact.
     augment: photometric operations, per image, on the device, in this order.
   """
 
   name: str
   size: int | tuple[int, int]
   count: int = 1
-  crop: Literal["random_resized", "center", "none"] = "random_resized"
+  crop: Literal["random_resized", "clipped", "center", "none"] = "random_resized"
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.5
   interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+  antialias: bool = True
   center_fraction: float = 1.0
   return_box: bool = False
   augment: tuple[Augment, ...] = ()
@@ -61,6 +66,34 @@ class Sequential:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassBalanced:
+  """Every step holds `classes_per_step` classes and `images_per_class` labeled images of each, all different.
+
+  A stream with it has its own batch size. Rows are interleaved, [a, b, c, a, b, c, ...]: the first `classes_per_step` are
+  one image of each class. Classes are permuted anew in every pass over them (where they do not divide into steps, a pass
+  leaves some out), and so are the images of a class. A method names its own fields like these; errors cite
+  config.method.
+
+  Attributes:
+    classes_per_step, images_per_class: of the global batch.
+    labels_per_class: images of each class whose label is known; 0 is all that have one.
+    labels_seed: of the draw of these; the run's seed has no part in it.
+    labels_file: instead, a text file with one image per line: its name in the source, the last part of that, or its
+      number (then in every line).
+  """
+
+  classes_per_step: int
+  images_per_class: int
+  labels_per_class: int = 0
+  labels_seed: int = 0
+  labels_file: str = ""
+
+  @property
+  def batch_size(self) -> int:
+    return self.classes_per_step * self.images_per_class
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
   """What one stream of batches holds: views of images, and the extra keys (`label`, `mask`, ...) that come along.
 
@@ -70,7 +103,7 @@ class Inputs:
   views: tuple[View, ...]
   source: str = "train"
   keys: tuple[str, ...] = ()
-  sampler: Shuffle | Sequential = Shuffle()
+  sampler: Shuffle | Sequential | ClassBalanced = Shuffle()
 
   @property
   def batch_size(self) -> int:
@@ -145,6 +178,14 @@ class Method(abc.ABC):
     self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array
   ) -> tuple[Array, tuple[Extra, Metrics]]:
     """The scalar loss as if one device held the global batch, the new extra state and scalar metrics."""
+
+  def project(self, params: Params) -> Params:
+    """Called on the parameters before the loss of every step: unit prototype rows and the like.
+
+    The projected values replace the stored ones; gradient, clipping, decay and trust ratios see them, and the moments are
+    left as they are. What the last update of a run leaves is not projected.
+    """
+    return params
 
   def post_update(self, params: Params, extra: Extra, step: Array) -> Extra:
     """Called with the NEW params: EMA and the like. `step` is the number of updates before this one."""

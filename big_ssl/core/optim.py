@@ -31,6 +31,11 @@ class Tensor:
   rule: Rule
   freeze_steps: int
 
+  @property
+  def fused(self) -> str:
+    """The path with query, key and value as the one tensor "qkv" that they are in the reference implementations."""
+    return re.sub(r"/(query|key|value)/", "/qkv/", self.path)
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -206,17 +211,18 @@ def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, ra
 def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, by: str) -> Params:
   """Scales gradients to at most `limit`: by their one "global" norm, or each "tensor" by its own.
 
-  The coefficient is limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ has it. Tensors whose rule
+  Query, key and value of one attention have one norm, since DINO and iBOT, which clip by tensor, keep them in one. The coefficient is limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ has it. Tensors whose rule
   says clip=False neither count in the global norm nor are scaled.
   """
   if not limit:
     return grads
   leaves, treedef = jax.tree.flatten(grads)
   squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in leaves]
-  if by == "global":
-    total = sum((s for s, t in zip(squares, tensors, strict=True) if t.rule.clip), jnp.float32(0))
-    squares = [total] * len(leaves)
-  coefficients = [jnp.minimum(limit / (jnp.sqrt(s) + 1e-6), 1.0) for s in squares]
+  groups = ["" if by == "global" else t.fused for t in tensors]
+  totals: dict[str, Array] = {}
+  for group, square, tensor in zip(groups, squares, tensors, strict=True):
+    totals[group] = totals.get(group, jnp.float32(0)) + (square if tensor.rule.clip else 0.0)
+  coefficients = [jnp.minimum(limit / (jnp.sqrt(totals[g]) + 1e-6), 1.0) for g in groups]
   clipped = [g * c if t.rule.clip else g for g, c, t in zip(leaves, coefficients, tensors, strict=True)]
   return treedef.unflatten(clipped)
 

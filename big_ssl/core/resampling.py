@@ -1,4 +1,4 @@
-"""The weights of antialiased resampling along one axis, written once for the host (numpy) and the device (jax.numpy).
+"""The weights of resampling along one axis, written once for the host (numpy) and the device (jax.numpy).
 
 A crop that is cut and resized is `rows @ crop @ columns.T`, so everything about a crop, its place, its size, the
 filter and the flip, is in two small matrices. `data` and `augment` build them here, from the same box.
@@ -26,7 +26,16 @@ def _cubic(distance: Any, xp: Any) -> Any:
 
 
 def axis_weights(
-  start: Any, length: Any, *, size: int, canvas: int, interpolation: str, xp: Any, flip: Any = None, limit: Any = None
+  start: Any,
+  length: Any,
+  *,
+  size: int,
+  canvas: int,
+  interpolation: str,
+  xp: Any,
+  flip: Any = None,
+  limit: Any = None,
+  antialias: bool = True,
 ) -> Any:
   """The matrix that cuts [start, start + length) out of an axis and resamples it to `size` samples.
 
@@ -43,6 +52,7 @@ def axis_weights(
     flip: [...] bool, reverses the samples.
     limit: [...] pixels of the axis that belong to the image; given, the kernel sees all of them, as when the whole
       image is resized and the crop cut afterwards (evaluation).
+    antialias: False never stretches the kernel: tf.image.resize without antialiasing, half-pixel centers.
 
   Returns:
     [..., size, canvas] float32, rows sum to 1.
@@ -64,7 +74,9 @@ def axis_weights(
     inside = (pixel >= xp.floor(start + _SNAP)) & (pixel < xp.ceil(start + length - _SNAP))  # [..., canvas]
   else:
     inside = pixel < xp.asarray(limit, xp.float32)[..., None]
-  distance = xp.abs(pixel + 0.5 - center) / xp.maximum(scale, 1.0)[..., None]
+  distance = xp.abs(pixel + 0.5 - center)
+  if antialias:
+    distance = distance / xp.maximum(scale, 1.0)[..., None]
   kernel = _triangle if interpolation == "bilinear" else _cubic
   weights = kernel(distance, xp) * inside[..., None, :]
   return (weights / weights.sum(-1, keepdims=True)).astype(xp.float32)

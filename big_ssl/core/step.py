@@ -28,7 +28,8 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
     key: augmentation key of this step.
 
   Returns:
-    {view.name: [B, count, h, w, C] float32, view.name + "_box": [B, count, 4], "index": [B], other keys}.
+    {view.name: [B, count, h, w, C] float32, "index": [B], other keys}; for views with `return_box` also view.name +
+    "_box" [B, count, 4], view.name + "_flip" [B, count] and "size" [B, 2].
   """
   names = {v.name for v in inputs.views}
   batch = {k: v for k, v in raw.items() if k.split("/")[0] not in names and k not in ("canvas", "size")}
@@ -44,9 +45,12 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
       boxes, flips = raw[f"{view.name}/box"], raw[f"{view.name}/flip"]
       whole = view.crop == "center"  # the filter reads around the crop, as "resize, then cut" does
       sizes = _sizes(raw, canvas) if whole else None
-      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, interpolation=view.interpolation, sizes=sizes)
+      kwargs = {"interpolation": view.interpolation, "antialias": view.antialias}
+      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, sizes=sizes, **kwargs)
     if view.return_box:
-      batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], _sizes(raw, canvas))
+      batch["size"] = _sizes(raw, canvas)
+      batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], batch["size"])
+      batch[f"{view.name}_flip"] = raw[f"{view.name}/flip"]
   rows = jnp.arange(raw["index"].shape[0])
   return batch | augment.augment_views(inputs.views, cut, key, row=rows)
 
@@ -117,8 +121,9 @@ def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: in
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     key_augment, key_loss = jax.random.split(key)
     batch = prepare_streams(method, raw, resident, key_augment)
-    out = _gradients(method, state, batch, key_loss, accumulate)
-    updated = optimizer.apply(state.params, out.grads, state.opt_state, state.step)
+    projected = state.replace(params=method.project(state.params))
+    out = _gradients(method, projected, batch, key_loss, accumulate)
+    updated = optimizer.apply(projected.params, out.grads, state.opt_state, state.step)
     extra = method.post_update(updated.params, out.extra, state.step)
 
     nonfinite = first_nonfinite(out.grads)

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from big_ssl.core.method import Inputs, Sequential, Shuffle
+from big_ssl.core.method import ClassBalanced, Inputs, Sequential, Shuffle
 from big_ssl.core.resampling import axis_weights
 from big_ssl.core.types import UserError
 from big_ssl.data import plan
+from big_ssl.data.balanced import BalancedPlan, labeled_rows
 from big_ssl.data.decode import BadImage, place
 from big_ssl.data.source import DataSource
 
@@ -66,17 +67,30 @@ class Pipeline:
           f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs;"
           f" it has {', '.join(have) or 'images only'}."
         )
+    self._balanced = self._balance(inputs.sampler) if isinstance(inputs.sampler, ClassBalanced) else None
 
   @property
   def shuffles(self) -> bool:
     return isinstance(self._inputs.sampler, Shuffle)
 
+  @property
+  def labeled(self) -> np.ndarray | None:
+    """The images whose labels a class-balanced stream may use, ascending; None for other streams."""
+    return None if self._balanced is None else self._balanced.rows
+
   # Planning
+
+  def _balance(self, sampler: ClassBalanced) -> BalancedPlan:
+    source = self._source
+    rows = labeled_rows(sampler, source.labels, name=source.name, class_names=source.class_names)
+    return BalancedPlan(sampler, source.labels, rows=rows, seed=self._seed, class_names=source.class_names)
 
   def _positions(self, step: int) -> np.ndarray:
     return np.int64(step) * self._batch_size + np.arange(*self._rows, dtype=np.int64)
 
   def _indices(self, positions: np.ndarray) -> np.ndarray:
+    if self._balanced is not None:
+      return self._balanced.indices(positions)
     return plan.indices(self._inputs.sampler, positions, size=len(self._source), seed=self._seed, order=self._order)
 
   def _finish(
@@ -98,10 +112,16 @@ class Pipeline:
   # Pixels
 
   def _load(self, index: int) -> tuple[np.ndarray, int, int, int]:
-    """Canvas, height, width and the index really read: a bad image is listed, and the next one takes its place."""
+    """Canvas, height, width and the index really read: a bad image is listed, and the next one takes its place.
+
+    In a class-balanced stream that is the next labeled one of its class.
+    """
     tried, reason = min(_MAX_REPLACEMENTS, len(self._source)), ""
-    for offset in range(tried):
-      i = (index + offset) % len(self._source)
+    if self._balanced is None:
+      candidates = [(index + offset) % len(self._source) for offset in range(tried)]
+    else:
+      candidates = self._balanced.substitutes(index, limit=tried).tolist()
+    for i in candidates:
       try:
         placed = place(self._source.pixels(i, canvas=self._canvas), canvas=self._canvas)
         return placed.pixels, placed.height, placed.width, i
@@ -109,7 +129,7 @@ class Pipeline:
         self._source.report(i, str(error))
         reason = reason or str(error)
     where = f"{self._source.describe()['name']}: no readable image near {self._source.name(index)}"
-    raise UserError(f"{where}: {tried} in a row cannot be read, the first because: {reason}.")
+    raise UserError(f"{where}: {len(candidates)} in a row cannot be read, the first because: {reason}.")
 
   def _cut(self, canvas: np.ndarray, height: int, width: int, position: int) -> list[np.ndarray]:
     """crop="host": the views of one image, [count, h, w, C] each, by the same matrices as on the device."""
@@ -120,7 +140,7 @@ class Pipeline:
       boxes = plan.boxes(view, sizes, seed=self._seed, positions=np.array([position]))
       box, flip = boxes.box[0], boxes.flip[0]
       limit = (height, width) if view.crop == "center" else (None, None)
-      kwargs: dict[str, Any] = {"interpolation": view.interpolation, "xp": np}
+      kwargs: dict[str, Any] = {"interpolation": view.interpolation, "antialias": view.antialias, "xp": np}
       rows = axis_weights(box[:, 0], box[:, 2], size=view.shape[0], canvas=height, limit=limit[0], **kwargs)
       columns = axis_weights(
         box[:, 1], box[:, 3], size=view.shape[1], canvas=width, limit=limit[1], flip=flip, **kwargs

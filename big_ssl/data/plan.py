@@ -180,13 +180,15 @@ def boxes(view: View, sizes: np.ndarray, *, seed: int, positions: np.ndarray) ->
   draws = draws.reshape(len(positions), view.count, _PER_COPY)
   if view.crop == "random_resized":
     box = _random_resized(view, sizes, draws)
+  elif view.crop == "clipped":
+    box = _clipped(view, sizes, draws)
   elif view.crop == "center":
     box = np.broadcast_to(_center(view, sizes)[:, None], (len(positions), view.count, 4))
   elif view.crop == "none":
     whole = np.concatenate([np.zeros_like(sizes), sizes], -1)
     box = np.broadcast_to(whole[:, None], (len(positions), view.count, 4))
   else:
-    raise UserError(f"view '{view.name}': crop={view.crop!r}; expected 'random_resized', 'center' or 'none'.")
+    raise UserError(f"view '{view.name}': crop={view.crop!r}; expected 'random_resized', 'clipped', 'center' or 'none'.")
   return Boxes(box=np.ascontiguousarray(box, np.float32), flip=draws[..., -1] < view.flip)
 
 
@@ -194,10 +196,7 @@ def _random_resized(view: View, sizes: np.ndarray, draws: np.ndarray) -> np.ndar
   """torchvision's RandomResizedCrop.get_params, all tries at once; [B, count, 4] whole pixels."""
   full = np.broadcast_to(sizes[:, None, :], (*draws.shape[:2], 2))  # [B, count, 2]
   height, width = full[..., :1], full[..., 1:]
-  log_ratio = np.log(view.ratio)
-  area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * draws[..., :_TRIES])
-  aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draws[..., _TRIES : 2 * _TRIES])
-  tried = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], -1)  # [B, count, tries, 2]
+  tried = _sides(view, height * width, draws[..., :_TRIES], draws[..., _TRIES : 2 * _TRIES])  # [B, count, tries, 2]
   fits = ((tried >= 1) & (tried <= full[..., None, :])).all(-1)
   first = np.take_along_axis(tried, fits.argmax(-1)[..., None, None], -2)[..., 0, :]
   # No try fits: the whole image, cut to the nearest allowed aspect, in the center.
@@ -208,6 +207,21 @@ def _random_resized(view: View, sizes: np.ndarray, draws: np.ndarray) -> np.ndar
   free = full - side
   drawn = np.floor(draws[..., 2 * _TRIES : 2 * _TRIES + 2] * (free + 1))
   return np.concatenate([np.where(found, drawn, free // 2), side], -1)
+
+
+def _clipped(view: View, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+  """One draw, sides clipped to the image (BYOL, arXiv 2006.07733, released code); [B, count, 4] whole pixels."""
+  full = np.broadcast_to(sizes[:, None, :], (*draws.shape[:2], 2))  # [B, count, 2]
+  side = np.clip(_sides(view, full[..., 0] * full[..., 1], draws[..., 0], draws[..., _TRIES]), 1, full)
+  return np.concatenate([np.floor(draws[..., 2 * _TRIES : 2 * _TRIES + 2] * (full - side + 1)), side], -1)
+
+
+def _sides(view: View, area: np.ndarray, share: np.ndarray, shape: np.ndarray) -> np.ndarray:
+  """Height and width [..., 2] in whole pixels from draws of the share of the area and of the logarithm of the aspect."""
+  log_ratio = np.log(view.ratio)
+  area = area * (view.scale[0] + (view.scale[1] - view.scale[0]) * share)
+  aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * shape)
+  return np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], -1)
 
 
 def _center(view: View, sizes: np.ndarray) -> np.ndarray:

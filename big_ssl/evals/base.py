@@ -21,12 +21,14 @@ class Features:
     labels: [N] int32, -1 for an image without one; None where the data has none.
     index: [N] rows of the source.
     source: data and transform in words, for the protocol; may be "".
+    used_in_training: [N] bool, whether a semi-supervised training may use the image's label; None where nothing says.
   """
 
   features: np.ndarray
   labels: np.ndarray | None
   index: np.ndarray
   source: str = ""
+  used_in_training: np.ndarray | None = None
 
 
 class Extract(Protocol):
@@ -106,9 +108,14 @@ def labeled(features: Features, *, name: str) -> Features | None:
   keep = features.labels >= 0
   if keep.all():
     return features
-  return dataclasses.replace(
-    features, features=features.features[keep], labels=features.labels[keep], index=features.index[keep]
-  )
+  return take(features, keep)
+
+
+def take(features: Features, rows: np.ndarray) -> Features:
+  """Some rows, by a mask or by numbers."""
+  arrays = ("features", "labels", "index", "used_in_training")
+  values = {name: getattr(features, name) for name in arrays}
+  return dataclasses.replace(features, **{k: None if v is None else v[rows] for k, v in values.items()})
 
 
 def _standardize(train: Features, held_out: Features) -> tuple[Features, Features]:

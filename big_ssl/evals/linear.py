@@ -40,6 +40,8 @@ class LinearProbe(Evaluator):
       metrics[f"{pair.prefix}top1"] = accuracy
       if not pair.prefix:
         source = f", {pair.held_out.source}" if pair.held_out.source else ""
+        unseen = np.setdiff1d(pair.held_out.labels, pair.train.labels)
+        source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
         protocol = (
           f"logistic regression to convergence, lambda={l2:g} of {self.l2} by every tenth training image, output '{self.output}'"
           f" ({pair.train.features.shape[1]} dimensions, standardised) of the evaluation view without augmentation,"

@@ -125,22 +125,17 @@ def fit_logistic(
 
   Args:
     x: [n, D] preprocessed features.
-    labels: [n] integers; each of 0 ... num_classes - 1 is there.
+    labels: [n] integers below C; the penalty gives a class without an image a finite, low logit.
     num_classes: C, at least 2.
     l2: lambda.
     tolerance: relative decrease of the objective at which the search ends.
     path: of the evaluator, for the messages.
 
   Raises:
-    UserError: fewer than two classes, or a class without an image.
+    UserError: fewer than two classes.
   """
-  missing = np.setdiff1d(np.arange(num_classes), labels)
   if num_classes < 2:
     raise UserError(f"{path}: the data has one class, at least 2 are needed.")
-  if len(missing):
-    raise UserError(
-      f"{path}: no training image of class {missing[0]} ({len(missing)} of {num_classes} are missing)."
-    )
   n, dims = x.shape
   x = np.asarray(x, np.float64)
   target = np.eye(num_classes)[labels]  # [n, C]

@@ -57,3 +57,74 @@ def nt_xent(z: Array, *, temperature: float | Array, loss_scale: float = 1.0) ->
   return NTXent(
     loss=loss_scale * jnp.mean(per_anchor), per_anchor=per_anchor, accuracy=jnp.mean(hits, dtype=jnp.float32)
   )
+
+
+@flax.struct.dataclass
+class InfoNCE:
+  """Value of `queue_nce` and `batch_nce`.
+
+  Attributes:
+    loss: scalar in nats, times the scale where there is one.
+    logits: [B, candidates] cosine / temperature.
+    accuracy: share of queries whose positive has the largest logit.
+  """
+
+  loss: Array
+  logits: Array
+  accuracy: Array
+
+
+def queue_nce(queries: Array, keys: Array, *, queue: Array, temperature: float | Array) -> InfoNCE:
+  """InfoNCE against a queue of earlier keys (MoCo, arXiv 1911.05722, eq. 1 and Algorithm 1).
+
+    l_i = -log exp(q_i . k_i / T) / (exp(q_i . k_i / T) + sum_j exp(q_i . queue_j / T))
+
+  Keys and queue carry no gradient. Queries and keys are normalized here, the queue holds unit rows already; the queue
+  is the one from before these keys are put into it.
+
+  Args:
+    queries: [B, D], any length.
+    keys: [B, D] of the same images, any length.
+    queue: [K, D] unit rows.
+    temperature: T.
+
+  Returns:
+    Logits [B, 1 + K], the positive first.
+  """
+  q, k = l2_normalize(queries), jax.lax.stop_gradient(l2_normalize(keys))
+  positive = jnp.sum(q * k, axis=-1, keepdims=True)  # [B, 1]
+  negative = jnp.matmul(q, jax.lax.stop_gradient(queue).T, precision=jax.lax.Precision.HIGHEST)  # [B, K]
+  logits = jnp.concatenate([positive, negative], axis=-1) / temperature
+  return _info_nce(logits, labels=jnp.zeros(len(q), jnp.int32))
+
+
+def batch_nce(queries: Array, keys: Array, *, temperature: float | Array, loss_scale: float | Array = 1.0) -> InfoNCE:
+  """InfoNCE of each query among the keys of the batch (MoCo v3, arXiv 2104.02057, Algorithm 1).
+
+    l_i = -scale log exp(q_i . k_i / T) / sum_j exp(q_i . k_j / T)
+
+  Keys carry no gradient. Under jit over a mesh they are those of the global batch.
+
+  Args:
+    queries: [B, D], any length; row i belongs to keys[i].
+    keys: [B, D], any length.
+    temperature: T.
+    loss_scale: 2 T in MoCo v3, which keeps the size of the gradient whatever T is.
+
+  Raises:
+    UserError: one image only, which has no negatives.
+  """
+  if keys.shape[0] < 2:
+    raise UserError(f"config.batch_size={keys.shape[0]}: a contrastive loss needs at least 2 images, for negatives.")
+  q, k = l2_normalize(queries), jax.lax.stop_gradient(l2_normalize(keys))
+  logits = jnp.matmul(q, k.T, precision=jax.lax.Precision.HIGHEST) / temperature  # [B, B]
+  return _info_nce(logits, labels=jnp.arange(len(q)), scale=loss_scale)
+
+
+def _info_nce(logits: Array, *, labels: Array, scale: float | Array = 1.0) -> InfoNCE:
+  hit = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+  loss = scale * jnp.mean(jax.nn.logsumexp(logits, axis=-1) - hit)
+  # A tie is not a hit: embeddings that are all equal find nothing.
+  others = jnp.where(jnp.arange(logits.shape[-1]) == labels[:, None], -jnp.inf, logits)
+  accuracy = jnp.mean(hit > jnp.max(others, axis=-1), dtype=jnp.float32)
+  return InfoNCE(loss=loss, logits=logits, accuracy=accuracy)

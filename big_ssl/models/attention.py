@@ -61,7 +61,7 @@ def attention_weights(q: Array, k: Array, *, mask: Array | None = None) -> Array
 
 
 class MultiHeadAttention(nn.Module):
-  """Self-attention with separate query, key, value and out projections, all with biases.
+  """Self- or cross-attention with separate query, key, value and out projections, all with biases.
 
   Attributes:
     heads: number of heads; the width must be a multiple.
@@ -74,12 +74,14 @@ class MultiHeadAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, *, mask: Array | None = None, return_weights: bool = False
+    self, x: Array, *, context: Array | None = None, mask: Array | None = None, return_weights: bool = False
   ) -> tuple[Array, Array | None]:
-    """x: [B, T, D] -> ([B, T, D], [B, N, T, T] or None)."""
+    """x: [B, T, D], context [B, S, D] gives keys and values, x where None -> ([B, T, D], [B, N, T, S] or None)."""
     width = x.shape[-1]
+    context = x if context is None else context
     project = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=self.kernel_init)
-    q, k, v = (project((self.heads, width // self.heads), name=name)(x) for name in ("query", "key", "value"))
+    sources = (("query", x), ("key", context), ("value", context))
+    q, k, v = (project((self.heads, width // self.heads), name=name)(source) for name, source in sources)
     out = attention(q, k, v, mask=mask)
     weights = attention_weights(q, k, mask=mask) if return_weights else None
     return project(width, axis=(-2, -1), name="out")(out), weights

@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from big_ssl.core.types import Array, Params, PyTree
 
 
 class Encoder(nn.Module):
-  """`head(backbone(images)[output])`; parameters {"backbone": ..., "head": ...}.
+  """`head(backbone(images)[output])`; parameters {"backbone": ..., "head": ...} and, where there is one, "predictor".
 
   Attributes:
     backbone: a `Backbone`.
     head: any module called as `head(features, train=...)`, or None.
     output: the backbone output that the head reads.
+    predictor: a second head on top of the first (BYOL, MoCo v3), called alike; None in the teacher, whose tree is the rest.
   """
 
   backbone: nn.Module
   head: nn.Module | None = None
   output: str = "pooled"
+  predictor: nn.Module | None = None
 
   def __call__(self, images: Array, *, train: bool, **kwargs: Any) -> dict[str, Array]:
-    """Returns the backbone's outputs, and "projection" where there is a head. images: [N, H, W, C]."""
+    """Returns the backbone's outputs, "projection" of the head and "prediction" of the predictor. images: [N, H, W, C]."""
     out = self.backbone(images, train=train, **kwargs)
     if self.head is not None:
       out = out | {"projection": self.head(out[self.output], train=train)}
+    if self.predictor is not None:
+      out = out | {"prediction": self.predictor(out["projection"], train=train)}
     return out
+
+  def crops(self, groups: Sequence[Array], *, train: bool, **kwargs: Any) -> dict[str, Array]:
+    """One backbone batch per resolution, the head once over all rows; see `encode_crops`."""
+    runs = itertools.groupby(groups, key=lambda images: images.shape[1:])
+    outs = [self.backbone(jnp.concatenate(list(run)), train=train, **kwargs) for _, run in runs]
+    out = {key: jnp.concatenate([o[key] for o in outs]) for key in dict.fromkeys(("pooled", self.output))}
+    if self.head is not None:
+      out["projection"] = self.head(out[self.output], train=train)
+    return out
+
+
+def as_teacher(encoder: Encoder) -> Encoder:
+  """The same encoder without predictor and stochastic depth, for the slow copy of BYOL and MoCo."""
+  backbone = encoder.backbone
+  if getattr(backbone, "drop_path", 0):
+    backbone = backbone.clone(drop_path=0.0)
+  return encoder.clone(backbone=backbone, predictor=None)
+
+
+def teacher_tree(tree: PyTree) -> PyTree:
+  """The part of an encoder's parameters or batch statistics that `as_teacher` has."""
+  return {name: branch for name, branch in tree.items() if name != "predictor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +83,55 @@ def encode(
 
   Args:
     images: [N, H, W, C].
-    rng: key of stochastic depth; needed only where the backbone has some.
+    rng: key of stochastic depth and dropout; needed only where the backbone has some.
     **kwargs: passed to the backbone, such as keep=indices.
   """
-  rngs = {"drop_path": rng} if rng is not None else {}
+  return _apply(encoder, params, batch_stats, images, train=train, rng=rng, **kwargs)
+
+
+def encode_crops(
+  encoder: Encoder,
+  params: Params,
+  batch_stats: PyTree,
+  groups: Sequence[Array],
+  *,
+  train: bool,
+  rng: Array | None = None,
+  **kwargs: Any,
+) -> Encoded:
+  """The multi-crop forward pass of SwAV and DINO (arXiv 2006.09882, 2104.14294; public code).
+
+  Consecutive groups of one size are one backbone batch, and the batch statistics pass through the batches in order. The
+  head sees all crops at once: its BN normalizes over every crop of every resolution.
+
+  Args:
+    groups: [N_g, H_g, W_g, C], each crop-major: all images of its first crop, then its second (see `crop_major`).
+    rng: key of stochastic depth; the backbone batches draw independently.
+    **kwargs: passed to the backbone for every batch.
+
+  Returns:
+    "pooled", the output that the head reads and "projection", [sum N_g, ...], in the order of the groups: with the
+    groups in order of their crops, rows are crop-major over all crops.
+  """
+  return _apply(encoder, params, batch_stats, tuple(groups), train=train, rng=rng, method=Encoder.crops, **kwargs)
+
+
+def crop_major(views: Array) -> Array:
+  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1."""
+  return jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:])
+
+
+def copy_tree(tree: PyTree) -> PyTree:
+  """Own buffers for a teacher that starts as its student: two entries of a donated state must not share one."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _apply(
+  encoder: Encoder, params: Params, batch_stats: PyTree, inputs: Any, *, train: bool, rng: Array | None, **kwargs: Any
+) -> Encoded:
+  rngs = {} if rng is None else {"drop_path": rng, "dropout": jax.random.fold_in(rng, 1)}
   variables = {"params": params, "batch_stats": batch_stats}
   if not train:
-    return Encoded(encoder.apply(variables, images, train=False, rngs=rngs, **kwargs), batch_stats)
-  out, updated = encoder.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
+    return Encoded(encoder.apply(variables, inputs, train=False, rngs=rngs, **kwargs), batch_stats)
+  out, updated = encoder.apply(variables, inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
   return Encoded(out, updated.get("batch_stats", {}))

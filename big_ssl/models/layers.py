@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -75,10 +76,11 @@ class Mlp(nn.Module):
   gelu: str = "exact"
   dtype: str = "float32"
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init)
     h = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=self.gelu == "tanh")
     return dense(x.shape[-1], name="fc2")(h)
 
@@ -138,7 +140,9 @@ class PatchEmbed(nn.Module):
   """VALID convolution with stride = patch; a right or bottom remainder is cut off. [N, H, W, C] -> [N, h, w, D].
 
   Attributes:
-    init: "dino", torch's uniform default for kernel and bias; "msn", Kaiming normal over fan-in and a zero bias.
+    init: "dino", torch's uniform default for kernel and bias; "msn", Kaiming normal over fan-in and a zero bias; "loca",
+      LeCun normal and a zero bias, flax's default; "moco_v3", uniform within sqrt(6 / (values of a patch + width)) and a
+      zero bias: Xavier over the linear map of a patch, not over the receptive field as is usual for convolutions.
   """
 
   width: int
@@ -155,6 +159,11 @@ class PatchEmbed(nn.Module):
     inits: dict[str, Any] = {"kernel_init": uniform, "bias_init": uniform}
     if self.init == "msn":
       inits = {"kernel_init": nn.initializers.variance_scaling(2.0, "fan_in", "normal")}
+    elif self.init == "loca":
+      inits = {"kernel_init": nn.initializers.lecun_normal()}
+    elif self.init == "moco_v3":
+      bound = math.sqrt(6 / (channels * self.patch**2 + self.width))
+      inits = {"kernel_init": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)}
     size = (self.patch, self.patch)
     return nn.Conv(self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="conv", **inits)(images)
 

@@ -1,4 +1,4 @@
-"""Resampling of learned position tables, by the five rules of the public code bases.
+"""Position tables: fixed sines, and the resampling of learned tables by the five rules of the public code bases.
 
 A rule is a pair of matrices, one per axis, built in float64 from static shapes: result = M_h P M_w^T. Getting the rule
 wrong is silent and changes tokens by 0.2 to 1.6 on an N(0, 1) table, so it is a field of the model.
@@ -13,6 +13,30 @@ import numpy as np
 from big_ssl.core.types import UserError, nearest
 
 RULES = ("dino", "msn", "hf", "antialias", "linear")
+
+
+def sincos(grid: tuple[int, int], *, width: int, scrambled: bool = False, temperature: float = 10_000.0) -> np.ndarray:
+  """The fixed 2-D table of MoCo v3 (arXiv 2104.02057, appendix; public code): sin y, cos y, sin x, cos x, a quarter each.
+
+  Frequencies are temperature ** (-4 i / width), i < width / 4, of the row y and the column x of a patch.
+
+  Args:
+    grid: patches (height, width).
+    scrambled: the public code's order: it counts down the columns of a grid whose patches come row by row, so that on a
+      grid that is not square neighbors get distant places. The same where height = width.
+
+  Returns:
+    [h * w, width] float32, row by row.
+
+  Raises:
+    UserError: a width that has no quarters.
+  """
+  if width % 4:
+    raise UserError(f"config.model.width={width}: sine positions need a multiple of 4.")
+  slow, fast = np.divmod(np.arange(grid[0] * grid[1]), grid[0] if scrambled else grid[1])
+  frequency = temperature ** -(np.arange(width // 4) / (width // 4))
+  y, x = slow[:, None] * frequency, fast[:, None] * frequency
+  return np.concatenate([np.sin(y), np.cos(y), np.sin(x), np.cos(x)], axis=1).astype(np.float32)
 
 
 def table_grid(

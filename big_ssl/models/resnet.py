@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from big_ssl.core.types import Array, UserError
 from big_ssl.models.layers import Backbone, BatchNorm
+from big_ssl.models.sobel import Sobel
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -18,10 +19,11 @@ class ResNetBlock(nn.Module):
   """A basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 to four times the width) residual block.
 
   Attributes:
-    width: of the 3x3 convolution.
+    width: of the 3x3 convolution, a quarter of the output of a bottleneck.
     stride: of the 3x3 convolution (the first one of a basic block).
     bottleneck: which of the two.
     zero_init_gamma: the last BN starts at 0, the block as the identity (SimCLR: yes; SwAV, PAWS, DINO: no).
+    width_per_group: /64 is a factor on the inner width of a bottleneck alone.
   """
 
   width: int
@@ -30,6 +32,7 @@ class ResNetBlock(nn.Module):
   zero_init_gamma: bool
   groups: int
   dtype: str
+  width_per_group: int = 64
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
@@ -38,7 +41,8 @@ class ResNetBlock(nn.Module):
     norm = functools.partial(BatchNorm, groups=self.groups, dtype=self.dtype)
     out = self.width * (4 if self.bottleneck else 1)
     if self.bottleneck:
-      kernels = [(self.width, 1, 1), (self.width, 3, self.stride), (out, 1, 1)]
+      inner = self.width * self.width_per_group // 64
+      kernels = [(inner, 1, 1), (inner, 3, self.stride), (out, 1, 1)]
     else:
       kernels = [(self.width, 3, self.stride), (out, 3, 1)]
     y = x
@@ -64,6 +68,8 @@ class ResNet(Backbone):
     zero_init_gamma: the last BN of each block starts at 0.
     bn_groups: groups with own BN statistics; 1 is the global batch.
     blocks, stem_width: override the depth's blocks per stage and the 64 of the stem, for small networks.
+    width_per_group: torchvision's factor on the inner width of bottlenecks, over 64: 128 is wide_resnet50_2.
+    sobel: reads gradients of gray instead of color (DeepCluster).
     dtype: compute dtype.
   """
 
@@ -74,6 +80,8 @@ class ResNet(Backbone):
   bn_groups: int = 1
   blocks: tuple[int, ...] = ()
   stem_width: int = 64
+  width_per_group: int = 64
+  sobel: bool = False
   channels: int = 3
   dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -84,6 +92,7 @@ class ResNet(Backbone):
       raise UserError(f"config.model.depth={self.depth}: expected one of {', '.join(map(str, BLOCKS))}.")
     if images.shape[-1] != self.channels:
       raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
+    x = Sobel(name="sobel")(images) if self.sobel else images
     base, cifar = self.stem_width * self.width, self.stem == "cifar"
     kernel, stride = (3, 1) if cifar else (7, 2)
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -97,7 +106,7 @@ class ResNet(Backbone):
       dtype=self.dtype,
       name="conv1",
     )
-    x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(conv(images), train=train))
+    x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(conv(x), train=train))
     stages = [x]
     if not cifar:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -111,6 +120,7 @@ class ResNet(Backbone):
           self.zero_init_gamma,
           self.bn_groups,
           self.dtype,
+          self.width_per_group,
           name=f"layer{stage + 1}_{i}",
         )
         x = block(x, train=train)

@@ -1,4 +1,4 @@
-"""Vision Transformer (arXiv 2010.11929) in the dialects of DINO (2104.14294) and MSN (2204.07141).
+"""Vision Transformer (arXiv 2010.11929) in the dialects of DINO (2104.14294), MSN (2204.07141) and LOCA (2212.02400).
 
 Pre-norm blocks, a CLS token, learned positions whose slot 0 belongs to CLS, biases everywhere, a final LayerNorm;
 LayerScale (2103.17239) and registers (2309.16588) on request. The parameter tree is the same whether the blocks are
@@ -57,6 +57,7 @@ class Block(nn.Module):
   gelu: str = "exact"
   dtype: str = "float32"
   layer_scale: float | None = None
+  init: str = "dino"
 
   @nn.compact
   def __call__(
@@ -70,17 +71,30 @@ class Block(nn.Module):
   ) -> tuple[Array, Array | None]:
     keys = (None, None) if key is None else jax.random.split(key)
     y = LayerNorm(self.epsilon, self.dtype, name="norm1")(x)
-    y, weights = MultiHeadAttention(self.heads, dtype=self.dtype, name="attention")(
+    kernel, bias = block_initializers(self.init)
+    y, weights = MultiHeadAttention(self.heads, dtype=self.dtype, kernel_init=kernel, name="attention")(
       y, mask=mask, return_weights=return_weights
     )
     if self.layer_scale is not None:
       y = LayerScale(self.layer_scale, name="ls1")(y)
     x = x + drop_path(y, rate=rate, key=keys[0])
     y = LayerNorm(self.epsilon, self.dtype, name="norm2")(x)
-    y = Mlp(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, name="mlp")(y)
+    y = Mlp(self.mlp_dim, gelu=self.gelu, dtype=self.dtype, kernel_init=kernel, bias_init=bias, name="mlp")(y)
     if self.layer_scale is not None:
       y = LayerScale(self.layer_scale, name="ls2")(y)
     return x + drop_path(y, rate=rate, key=keys[1]), weights
+
+
+def block_initializers(init: str) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
+  """Of the kernels of attention and MLP, and of the biases of the MLP; `init` is the ViT's `patch_init`.
+
+  Query, key and value are separate kernels of fan-out `width`, so that Xavier's bound is MoCo v3's for its fused one.
+  """
+  if init == "loca":
+    return nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
+  if init == "moco_v3":
+    return nn.initializers.xavier_uniform(), nn.initializers.zeros
+  return nn.initializers.normal(0.02), nn.initializers.zeros
 
 
 def select(patches: Array, keep: Array) -> Array:
@@ -116,7 +130,11 @@ class ViT(Backbone):
     drop_path_decay: "linear" from 0 at the first block (DINO), or "uniform" over depth (DINOv2).
     layernorm_eps: 1e-6 in all public releases.
     gelu: "exact", or "tanh" for big_vision weights.
-    patch_init: "dino" or "msn": of the patch embedding; all else is normal(0.02), zeros and ones in both.
+    patch_init: "dino" or "msn": of the patch embedding; all else is normal(0.02), zeros and ones in both. "loca": LeCun
+      normal there, xavier uniform in the blocks, N(0, 1e-6) for the biases of their MLPs, N(0, 1/width) for positions.
+      "moco_v3": Xavier uniform there and in the blocks, CLS N(0, 1e-6).
+    pos_table: "learned"; "sincos" is fixed and no parameter (MoCo v3); "sincos_scrambled" the public code's order of it,
+      another one on grids that are not square.
     class_token: whether there is one; without it position slot 0 is a patch's, and "pooled" is the mean of the patches.
     registers: learned tokens after CLS that have no position and are in none of the outputs but "registers".
     layer_scale: initial LayerScale of both branches; None has none.
@@ -139,7 +157,8 @@ class ViT(Backbone):
   drop_path_decay: Literal["linear", "uniform"] = "linear"
   layernorm_eps: float = 1e-6
   gelu: Literal["exact", "tanh"] = "exact"
-  patch_init: Literal["dino", "msn"] = "dino"
+  patch_init: Literal["dino", "msn", "loca", "moco_v3"] = "dino"
+  pos_table: Literal["learned", "sincos", "sincos_scrambled"] = "learned"
   class_token: bool = True
   registers: int = 0
   layer_scale: float | None = None
@@ -184,6 +203,7 @@ class ViT(Backbone):
     keep: Array | None = None,
     mask: Array | None = None,
     attention_layers: tuple[int, ...] = (),
+    add_positions: bool = True,
   ) -> dict[str, Array]:
     """Runs the transformer.
 
@@ -193,6 +213,7 @@ class ViT(Backbone):
         registers always stay.
       mask: bool [N, T, T] or broadcastable to [N, heads, T, T]; False is not attended.
       attention_layers: blocks whose attention probabilities are returned, from 0; nothing is scanned then.
+      add_positions: False leaves the patches without positions (LOCA's location-only queries).
 
     Returns:
       "pooled" and "cls": [N, D], CLS after the final norm; "tokens": [N, T, D], patches after it; "cls_layers":
@@ -207,7 +228,7 @@ class ViT(Backbone):
       raise UserError(f"attention_layers={attention_layers}: the blocks are 0 to {depth - 1}.")
     if images.shape[-1] != self.channels:
       raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
-    x = self._embed(images, keep=keep, train=train)
+    x = self._embed(images, keep=keep, train=train, add_positions=add_positions)
     if mask is not None and mask.ndim == 3:
       mask = mask[:, None]
     x, cls_layers, weights = self._blocks(x, train=train, mask=mask, attention_layers=attention_layers)
@@ -222,7 +243,7 @@ class ViT(Backbone):
       out["pooled"] = jnp.mean(out["tokens"].astype(jnp.float32), axis=1)
     return out | ({"attention": weights} if attention_layers else {})
 
-  def _embed(self, images: Array, *, keep: Array | None, train: bool) -> Array:
+  def _embed(self, images: Array, *, keep: Array | None, train: bool, add_positions: bool) -> Array:
     """CLS with its position, registers without, and the patches that stay with theirs, [N, 1 + R + T, D]."""
     width, table, first = self.size().width, self.table(), int(self.class_token)
     height, across = images.shape[1:3]
@@ -239,12 +260,20 @@ class ViT(Backbone):
       patches = PatchEmbed(width, self.patch, self.patch_init, self.dtype, name="patch_embed")(images)
     grid = patches.shape[1:3]
     normal = nn.initializers.normal(0.02)
-    cls = self.param("cls_token", normal, (1, 1, width), jnp.float32) if self.class_token else None
-    pos = self.param("pos_embed", normal, (1, first + table[0] * table[1], width), jnp.float32)
-    learned = positions.resample(
-      pos[0, first:], rule=self.pos_rule, grid=grid, image=images.shape[1:3], xp=jnp, table_shape=table
-    )
-    patches = patches.reshape(patches.shape[0], -1, width) + learned[None].astype(self.dtype)
+    cls_init = nn.initializers.normal(1e-6) if self.patch_init == "moco_v3" else normal
+    cls = self.param("cls_token", cls_init, (1, 1, width), jnp.float32) if self.class_token else None
+    spread = nn.initializers.normal(width**-0.5) if self.patch_init == "loca" else normal
+    if self.pos_table == "learned":
+      pos = self.param("pos_embed", spread, (1, first + table[0] * table[1], width), jnp.float32)
+    else:
+      fixed = positions.sincos(table, width=width, scrambled=self.pos_table == "sincos_scrambled")
+      pos = jnp.pad(jnp.asarray(fixed), ((first, 0), (0, 0)))[None]  # nothing is added to CLS
+    patches = patches.reshape(patches.shape[0], -1, width)
+    if add_positions:
+      learned = positions.resample(
+        pos[0, first:], rule=self.pos_rule, grid=grid, image=images.shape[1:3], xp=jnp, table_shape=table
+      )
+      patches = patches + learned[None].astype(self.dtype)
     if keep is not None:
       patches = select(patches, keep)
     tokens = [] if cls is None else [cls + pos[:, :1]]
@@ -258,7 +287,14 @@ class ViT(Backbone):
   ) -> tuple[Array, Array, dict[int, Array]]:
     size = self.size()
     make: Callable[..., Block] = functools.partial(
-      Block, size.heads, size.mlp_dim, self.layernorm_eps, self.gelu, self.dtype, self.layer_scale
+      Block,
+      size.heads,
+      size.mlp_dim,
+      self.layernorm_eps,
+      self.gelu,
+      self.dtype,
+      self.layer_scale,
+      self.patch_init,
     )
     if self.is_initializing():
       for i in range(size.depth):

@@ -13,7 +13,7 @@ from big_ssl.core.types import UserError
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "multicrop_view_ops.npz")
 IMAGE = GOLDEN["image"]
-cut = jax.jit(resample.cut, static_argnames=("size", "interpolation"))
+cut = jax.jit(resample.cut, static_argnames=("size", "interpolation", "antialias"))
 
 
 def one(image, box, flip=False, **options):
@@ -118,3 +118,19 @@ def test_rows_and_copies_are_independent_and_jit_changes_nothing():
 def test_an_unknown_interpolation_names_the_nearest():
   with pytest.raises(UserError, match="Did you mean 'bicubic'"):
     one(IMAGE, (0, 0, 4, 4), size=2, interpolation="bicubik")
+
+
+@pytest.mark.parametrize("side", [24, 56])
+def test_without_antialiasing_only_the_two_nearest_pixels_count(side):
+  """tf.image.resize's default: half-pixel centers, clamped to the crop; written as interpolation of the crop."""
+  y, x, height, width = 3, 6, 34, 41
+  got = one(IMAGE, (y, x, height, width), size=side, antialias=False)
+  crop = IMAGE[y : y + height, x : x + width] / 255.0
+  for axis, length in ((0, height), (1, width)):
+    at = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
+    low = np.minimum(np.floor(at).astype(int), length - 2)
+    share = (at - low).reshape([-1 if a == axis else 1 for a in range(3)])
+    crop = np.take(crop, low, axis) * (1 - share) + np.take(crop, low + 1, axis) * share
+  np.testing.assert_allclose(got, crop, atol=1e-5)
+  if side == 24:
+    assert np.abs(one(IMAGE, (y, x, height, width), size=side) - crop).max() > 0.01

@@ -66,6 +66,17 @@ def test_clipping_per_tensor_golden(golden):
     np.testing.assert_allclose(clipped[n], z[f"clipped/{n}"], rtol=1e-6, atol=1e-8)
 
 
+def test_query_key_and_value_are_clipped_by_their_common_norm():
+  attention = {name: {"kernel": jnp.full((4,), value)} for name, value in (("query", 1.0), ("key", 2.0), ("value", 2.0), ("out", 3.0))}
+  grads = {"block_0": {"attention": attention}, "block_1": {"attention": jax.tree.map(lambda x: 0.1 * x, attention)}}
+  tensors = match_rules(grads, (Rule(pattern=".*"),), batch_size=1, examples=1)
+  clipped = clip_gradients(grads, tensors, limit=1.0, by="tensor")
+  first = clipped["block_0"]["attention"]  # norms 2, 4 and 4: 6 in common
+  for name, expected in (("query", 1 / 6), ("key", 2 / 6), ("value", 2 / 6), ("out", 3 / 6)):
+    np.testing.assert_allclose(first[name]["kernel"], expected, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, clipped["block_1"], grads["block_1"])
+
+
 def test_global_clipping_leaves_excluded_tensors_alone():
   grads = {"kernel": jnp.full((4,), 3.0), "prototypes": jnp.full((4,), 100.0)}
   tensors = match_rules(grads, (Rule(pattern="prototypes", clip=False), Rule(pattern=".*")), batch_size=1, examples=1)

@@ -168,7 +168,25 @@ def test_all_tries_at_once_are_the_loop_over_tries():
       assert got[row, copy].tolist() == _one_box(draws[row, copy], height, width, view.scale, view.ratio), (row, copy)
 
 
-@pytest.mark.parametrize("crop", ["random_resized", "center", "none"])
+def test_clipped_boxes_are_one_draw_with_sides_clipped_to_the_image():
+  sizes = np.array([[375, 500], [32, 32], [20000, 30], [30, 20000], [2, 3], [1, 1], [40, 100], [50, 34]] * 6)
+  view = View(name="v", size=8, count=2, crop="clipped", scale=(0.08, 1.0))
+  got = plan.boxes(view, sizes, seed=1, positions=np.arange(len(sizes))).box
+  draws = plan.uniforms(1, "boxes/v", np.arange(len(sizes)), 46).reshape(-1, 2, 23)
+  clipped = 0
+  for row, (height, width) in enumerate(sizes.tolist()):
+    for copy in range(2):
+      area = height * width * (0.08 + 0.92 * draws[row, copy, 0])
+      aspect = (4 / 3) ** (2 * draws[row, copy, 10] - 1)
+      w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+      clipped += w > width or h > height
+      w, h = min(max(w, 1), width), min(max(h, 1), height)
+      offset = [int(draws[row, copy, 20] * (height - h + 1)), int(draws[row, copy, 21] * (width - w + 1))]
+      assert got[row, copy].tolist() == [*offset, h, w], (row, copy)
+  assert clipped > 20
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "clipped", "center", "none"])
 @pytest.mark.parametrize("size", [(1, 1), (20000, 30), (30, 20000), (1, 7), (2, 2)])
 def test_boxes_of_odd_images_lie_inside_and_hold_a_pixel(size, crop):
   view = View(name="v", size=(224, 160), count=3, crop=crop, center_fraction=0.875)

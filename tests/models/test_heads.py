@@ -60,3 +60,20 @@ def test_outputs_are_float32_from_half_precision_features():
 def test_an_unknown_activation_is_named():
   with pytest.raises(UserError, match="activation='gelo'.*Did you mean 'gelu'"):
     init(ProjectionHead(hidden=(8,), output=4, activation="gelo"))
+
+
+def test_moco_v3_ends_in_a_batch_norm_without_parameters_and_byol_in_a_linear_without_bias():
+  moco = ProjectionHead(hidden=(8, 8), output=4, activation="relu", use_bias=False, final_batch_norm=True, final_scale=False)
+  _, variables = init(moco)
+  bn = {f"bn{i}/{k}" for i in (1, 2) for k in ("scale", "bias")}
+  assert names(variables["params"]) == {"fc1/kernel", "fc2/kernel", "fc3/kernel"} | bn
+  assert "bn3" in variables["batch_stats"]
+  _, variables = init(ProjectionHead(hidden=(8,), output=4, activation="relu", final_bias=False))
+  assert names(variables["params"]) == {"fc1/kernel", "fc1/bias", "bn1/scale", "bn1/bias", "fc2/kernel"}
+
+
+def test_lecun_initialisation_is_a_normal_of_the_fan_in_cut_at_two_deviations():
+  _, variables = init(ProjectionHead(hidden=(64,), output=64, init_std="lecun"), width=100)
+  kernel = variables["params"]["fc1"]["kernel"]
+  assert 0.19 < np.abs(kernel).max() <= 0.2 and not np.any(variables["params"]["fc1"]["bias"])
+  np.testing.assert_allclose(np.std(kernel), 0.1 * 0.8796, rtol=0.05)

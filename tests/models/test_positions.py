@@ -52,3 +52,19 @@ def test_a_constant_table_stays_constant(rule):
 def test_an_unknown_rule_names_the_nearest():
   with pytest.raises(UserError, match="pos_rule='antialiased'.*Did you mean 'antialias'"):
     positions.resample(np.zeros((16, 4)), rule="antialiased", grid=(5, 5), image=(80, 80))
+
+
+def test_the_fixed_sines_are_those_of_moco_v3_also_on_its_scrambled_grid(golden):
+  z = golden("mocov3_posembed")
+  grid, wanted = tuple(z["grid"].tolist()), z["pos_embed"][0, 1:]
+  np.testing.assert_allclose(positions.sincos(grid, width=32, scrambled=True), wanted, atol=1e-6)
+  assert np.abs(positions.sincos(grid, width=32) - wanted).max() > 0.5
+
+
+def test_fixed_sines_give_rows_and_columns_their_own_half():
+  table = positions.sincos((3, 5), width=32).reshape(3, 5, 32)
+  np.testing.assert_array_equal(table[:, :, :16], np.broadcast_to(table[:, :1, :16], (3, 5, 16)))
+  np.testing.assert_array_equal(table[:, :, 16:], np.broadcast_to(table[:1, :, 16:], (3, 5, 16)))
+  np.testing.assert_array_equal(positions.sincos((4, 4), width=32), positions.sincos((4, 4), width=32, scrambled=True))
+  with pytest.raises(UserError, match="config.model.width=30"):
+    positions.sincos((2, 2), width=30)

@@ -1,0 +1,164 @@
+"""Class-balanced batches of labeled images: which images count as labeled, and which of them a step takes."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from big_ssl.core.method import ClassBalanced
+from big_ssl.core.types import UserError, nearest
+from big_ssl.data.plan import permute, uniforms
+
+_SHOWN = 3  # unknown names that a message lists
+
+
+def labeled_rows(
+  sampler: ClassBalanced, labels: np.ndarray | None, *, name: Callable[[int], str], class_names: Sequence[str] = ()
+) -> np.ndarray:
+  """The images whose label training may use, ascending: a function of the sampler and the data, not of the run.
+
+  Args:
+    sampler: says which.
+    labels: [N] int32, -1 for none; None where the data has no labels.
+    name: of an image, as `DataSource.name`.
+    class_names: for messages, or ().
+
+  Raises:
+    UserError: no labels at all, a file that cannot be used, names that the source does not have, images without a label,
+      or a class with fewer images than `labels_per_class`.
+  """
+  if labels is None or not np.any(labels >= 0):
+    raise UserError("config.data.source: the data has no labels, which config.method.classes_per_step draws from.")
+  if sampler.labels_file and sampler.labels_per_class:
+    raise UserError(
+      f"config.method.labels_per_class={sampler.labels_per_class}: not with config.method.labels_file; set it to 0."
+    )
+  if sampler.labels_file:
+    return _listed(sampler.labels_file, labels, name)
+  if sampler.labels_per_class < 0:
+    raise UserError(f"config.method.labels_per_class={sampler.labels_per_class}: expected a number, or 0 for all.")
+  rows = np.flatnonzero(labels >= 0)
+  if not sampler.labels_per_class:
+    return rows
+  draw = uniforms(sampler.labels_seed, "labeled", rows, 1)[:, 0]
+  order = rows[np.lexsort((draw, labels[rows]))]  # class by class, shuffled inside
+  counts = np.bincount(labels[order])
+  for k in np.unique(labels[order]):
+    if counts[k] < sampler.labels_per_class:
+      field = f"config.method.labels_per_class={sampler.labels_per_class}"
+      raise UserError(f"{field}: {_class(k, class_names)} has only {counts[k]} labeled images.")
+  rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[labels[order]]
+  return np.sort(order[rank < sampler.labels_per_class])
+
+
+def _class(label: int, class_names: Sequence[str]) -> str:
+  return f"class {label} ('{class_names[label]}')" if label < len(class_names) else f"class {label}"
+
+
+def _listed(file: str, labels: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+  field, path = f"config.method.labels_file={file!r}", pathlib.Path(file).expanduser()
+  if not path.is_file():
+    siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"{field}: no such file.{nearest(str(path), siblings)}")
+  try:
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+  except UnicodeDecodeError:
+    raise UserError(f"{field}: not a text file; expected one image per line.") from None
+  if not lines:
+    raise UserError(f"{field}: the list is empty.")
+  if all(line.isdecimal() for line in lines):
+    rows = np.unique(np.array([int(line) for line in lines]))
+    if rows[-1] >= len(labels):
+      raise UserError(f"{field}: image {rows[-1]}; the data has 0 to {len(labels) - 1}.")
+  else:
+    rows = _named(field, lines, [name(i) for i in range(len(labels))])
+  bare = rows[labels[rows] < 0]
+  if len(bare):
+    raise UserError(f"{field}: {len(bare)} of its {len(rows)} images have no label, the first is {name(int(bare[0]))}.")
+  return rows
+
+
+def _named(field: str, lines: list[str], names: list[str]) -> np.ndarray:
+  """Rows of the lines that are whole names, else last parts of names that only one image has."""
+  whole = {n: i for i, n in enumerate(names)}
+  parts: dict[str, list[int]] = collections.defaultdict(list)
+  for i, n in enumerate(names):
+    parts[n.split("/")[-1]].append(i)
+  found, unknown = [], []
+  for line in lines:
+    hits = [whole[line]] if line in whole else parts.get(line, [])
+    if len(hits) > 1:
+      raise UserError(f"{field}: '{line}' is the name of {len(hits)} images, {names[hits[0]]} and {names[hits[1]]}; write its folder too.")
+    found.extend(hits)
+    if not hits:
+      unknown.append(line)
+  if unknown:
+    shown = ", ".join(unknown[:_SHOWN])
+    near = nearest(unknown[0], whole) or f" The data has names such as '{names[0]}'."
+    raise UserError(f"{field}: {len(unknown)} of {len(lines)} names are not in the data, such as {shown}.{near}")
+  return np.unique(np.array(found))
+
+
+class BalancedPlan:
+  """Which labeled images the rows of a step are: a pure function of (seed, position), O(1) at any step.
+
+  Attributes:
+    rows: the labeled images, ascending.
+  """
+
+  def __init__(self, sampler: ClassBalanced, labels: np.ndarray, *, rows: np.ndarray, seed: int, class_names: Sequence[str] = ()):
+    """Args: labels: [N] of the whole source; rows: from `labeled_rows`; seed: of the stream.
+
+    Raises:
+      UserError: fewer classes than a step takes, one class only, or a class with fewer images than a step takes of it.
+    """
+    self.rows, self._sampler, self._seed = rows, sampler, seed
+    self._members = rows[np.argsort(labels[rows], kind="stable")]
+    classes, self._start, self._count = np.unique(labels[self._members], return_index=True, return_counts=True)
+    self._first_of = {int(c): i for i, c in enumerate(classes)}
+    self._labels = labels
+    many, each = sampler.classes_per_step, sampler.images_per_class
+    if many < 1 or each < 1:
+      raise UserError(f"config.method.classes_per_step={many}, images_per_class={each}: expected at least 1.")
+    if len(classes) < 2:
+      raise UserError(f"config.method.classes_per_step={many}: all {len(rows)} labeled images are of one class, {_class(classes[0], class_names)}; at least 2 are needed.")
+    if many > len(classes):
+      raise UserError(f"config.method.classes_per_step={many}: the labeled images have {len(classes)} classes.")
+    short = int(np.argmin(self._count))
+    if self._count[short] < each:
+      having = f"{_class(classes[short], class_names)} has {self._count[short]} labeled images"
+      raise UserError(f"config.method.images_per_class={each}: {having}; a step takes different ones.")
+
+  def indices(self, positions: np.ndarray) -> np.ndarray:
+    """positions [B] int64 -> images [B] int64."""
+    many, each = self._sampler.classes_per_step, self._sampler.images_per_class
+    step, row = np.divmod(np.asarray(positions, np.int64), many * each)
+    copy, slot = np.divmod(row, many)
+    # A pass over the classes is so many whole steps; a class is drawn at most once in it.
+    total = len(self._count)
+    number, step = np.divmod(step, total // many)
+    drawn = permute(step * many + slot, size=total, seed=self._keys("classes", number, np.zeros_like(number)))
+    # The images of a class go by in a new order whenever there are not enough left for a step.
+    result = np.empty_like(drawn)
+    for count in np.unique(self._count[drawn]):
+      here = self._count[drawn] == count
+      again, chunk = np.divmod(number[here], count // each)
+      keys = self._keys("images", again, drawn[here])
+      picked = permute(chunk * each + copy[here], size=int(count), seed=keys)
+      result[here] = self._members[self._start[drawn[here]] + picked]
+    return result
+
+  def substitutes(self, index: int, *, limit: int) -> np.ndarray:
+    """The images to try for `index`, itself first, then others of its class in order: a bad image leaves the balance."""
+    k = self._first_of[int(self._labels[index])]
+    members = self._members[self._start[k] : self._start[k] + self._count[k]]
+    place = int(np.flatnonzero(members == index)[0])
+    return np.roll(members, -place)[:limit]
+
+  def _keys(self, name: str, number: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """uint64 keys of permutations, one per (pass, class)."""
+    draws = uniforms(self._seed, f"balanced/{name}", number * np.int64(len(self._count)) + which, 1)[:, 0]
+    return (draws * 2.0**53).astype(np.uint64)

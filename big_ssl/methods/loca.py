@@ -1,0 +1,263 @@
+"""LOCA: location-aware self-supervised transformers for semantic segmentation (arXiv 2212.02400).
+
+Queries, one large and several focal, are cut from the same image as a reference. For every query patch i that lies inside
+the reference, at its patch y_i:
+
+  L_pos = mean_i CE(softmax(W g(x_i, visible reference tokens)), y_i)     g: one cross-attention block
+  L_clu = mean_i CE(softmax(cos(h(x_i), c) / tau), t[y_i])                t = Sinkhorn(softmax(cos(teacher, c) / tau'))
+  loss  = L_pos + L_clu + lambda sum_k q_k log q_k                        q: mean prediction of all query patches
+
+The EMA teacher encodes the whole reference; only a run of its tokens is shown to the queries, which makes finding a
+place a matter of what is there, not of matching pixels. `cluster_loss=False` is the location-only variant.
+
+Facts where paper and public code differ follow the code. One run of visible tokens and one set of kept query tokens serve
+the global batch (the reference: one per device). Own choices: crops are torchvision's random resized ones, with the
+logarithm of the aspect uniform where TensorFlow draws the aspect itself; large images are shrunk into the canvas first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from big_ssl.augment.correspondence import patch_positions
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.core import health, schedules
+from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.losses import location
+from big_ssl.models.encoder import Encoder, encode
+from big_ssl.models.loca_heads import ClusterHead, PositionHead
+from big_ssl.ops.ema import ema
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LOCA(Method):
+  """LOCA; defaults are the released ViT-B/16 recipe. The backbone is a ViT, best without a class token.
+
+  Attributes:
+    num_prototypes: K.
+    output_dim, hidden_dim: of the cluster head, d -> hidden -> hidden -> output.
+    temperature, sharpen: tau of the student, tau' of the teacher.
+    sinkhorn_iterations: of the balancing of the targets over the global batch.
+    memax_weight: lambda.
+    cluster_loss: False is the location-only variant: the student encodes the reference itself, already cut to the visible
+      tokens, and the queries have no positions.
+    loss_groups: 1 divides the loss by the valid patches of the global batch; N by those of each N-th of it, then averages,
+      as N devices of the released code do.
+    momentum, momentum_final: of the teacher, a cosine over the training.
+    teacher_drop_path: stochastic depth in the teacher too, as released.
+    reference_size, query_size, focal_size: of the views.
+    focal_queries: number of focal queries; there is one large query besides.
+    reference_seqlen: consecutive tokens of the reference that the queries see.
+    query_seqlen: random tokens of the large query that stay; focal queries keep all.
+    query_scale, focal_scale: share of the image area; the reference has that of the query.
+    color_strength, gray, solarize: of the jitter; probabilities, solarization of the large query only.
+    blur: True blurs as intended (reference always, query .1, focal .5); the released code's blur has a kernel of 1 pixel.
+    mean, std: pixel normalisation.
+    eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
+  """
+
+  num_prototypes: int = 4096
+  output_dim: int = 256
+  hidden_dim: int = 2048
+  temperature: float = 0.1
+  sharpen: float = 0.05
+  sinkhorn_iterations: int = 3
+  memax_weight: float = 1.0
+  cluster_loss: bool = True
+  loss_groups: int = 1
+  momentum: float = 0.996
+  momentum_final: float = 1.0
+  teacher_drop_path: bool = True
+  reference_size: int = 224
+  query_size: int = 224
+  focal_size: int = 96
+  focal_queries: int = 9
+  reference_seqlen: int = 39
+  query_seqlen: int = 70
+  query_scale: tuple[float, float] = (0.32, 1.0)
+  focal_scale: tuple[float, float] = (0.05, 0.32)
+  color_strength: float = 1.0
+  gray: float = 0.2
+  solarize: float = 0.2
+  blur: bool = False
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  eval_fraction: float = 224 / 256
+
+  accumulation_reason = "me-max and Sinkhorn need the whole batch, and the losses are means over its valid patches"
+
+  def __post_init__(self):
+    if self.focal_queries < 1:
+      raise UserError(f"config.method.focal_queries={self.focal_queries}: at least 1 is needed.")
+    if self.num_prototypes < 2:
+      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: at least 2 are needed.")
+    if self.loss_groups < 1 or (self.model is not None and self.batch_size % self.loss_groups):
+      raise UserError(f"config.method.loss_groups={self.loss_groups}: must divide config.batch_size={self.batch_size}.")
+    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
+      raise UserError(f"config.method.mean={self.mean}, std={self.std}: give one value for each of the {self.image_channels} channels.")
+    if self.model is not None:
+      self._check_patches()
+
+  def _check_patches(self) -> None:
+    patch = getattr(self.model, "patch", None)
+    if patch is None or getattr(self.model, "stem_channels", ()):
+      raise UserError(f"config.model: LOCA needs a ViT with a linear patch embedding; {type(self.model).__name__} as configured is none.")
+    for name in ("reference_size", "query_size", "focal_size"):
+      if getattr(self, name) % patch:
+        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+    for name, size in (("reference_seqlen", self.reference_size), ("query_seqlen", self.query_size)):
+      positions = (size // patch) ** 2
+      if not 1 <= getattr(self, name) <= positions:
+        raise UserError(f"config.method.{name}={getattr(self, name)}: from 1 to the {positions} patches of a view of {size} pixels.")
+
+  # 1. Views
+
+  def inputs(self) -> Inputs:
+    s = self.color_strength
+    jitter = ColorJitter(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s, p=0.8, style="byol")
+
+    def view(name: str, size: int, count: int, scale: tuple[float, float], flip: float, blur: float, solarize: float) -> View:
+      augment = (
+        jitter,
+        Grayscale(p=self.gray, luma="byol"),
+        GaussianBlur(p=blur if self.blur else 0.0, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
+        Solarize(p=solarize),
+        Normalize(mean=self.mean, std=self.std),
+      )
+      return View(name=name, size=size, count=count, scale=scale, flip=flip, antialias=False, return_box=True, augment=augment)
+
+    return Inputs(
+      views=(
+        view("reference", self.reference_size, 1, self.query_scale, 0.0, 1.0, 0.0),
+        view("query", self.query_size, 1, self.query_scale, 0.5, 0.1, self.solarize),
+        view("focal", self.focal_size, self.focal_queries, self.focal_scale, 0.5, 0.5, 0.0),
+      )
+    )
+
+  def eval_view(self) -> View:
+    normalize = (Normalize(mean=self.mean, std=self.std),)
+    return View(name="image", size=self.reference_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+
+  def query_positions(self, batch: dict[str, Array], name: str) -> Array:
+    """The reference patch under each patch of the views `name`, [B, V * T] int32, row-major, -1 outside."""
+    pixels = jnp.concatenate([batch["size"], batch["size"]], axis=-1)[:, None]  # [B, 1, 4]
+
+    def box(name: str) -> Array:
+      edges = jnp.round(batch[f"{name}_box"] * pixels)  # y0, x0, y1, x1
+      return jnp.concatenate([edges[..., :2], edges[..., 2:] - edges[..., :2]], axis=-1)
+
+    patch, size = self.model.patch, batch[name].shape[2:4]
+    grid = (self.reference_size // patch,) * 2
+    found = patch_positions(box("reference")[:, 0], box(name), batch[f"{name}_flip"], grid=grid, size=size, patch=patch)
+    return found.reshape(found.shape[0], -1)
+
+  # 2. Networks
+
+  @property
+  def encoder(self) -> Encoder:
+    head = ClusterHead(prototypes=self.num_prototypes, hidden=(self.hidden_dim,) * 2, output=self.output_dim)
+    return Encoder(backbone=self.model, head=head if self.cluster_loss else None, output="tokens")
+
+  @property
+  def teacher_encoder(self) -> Encoder:
+    return self.encoder if self.teacher_drop_path else self.encoder.clone(backbone=self.model.clone(drop_path=0.0))
+
+  @property
+  def position_head(self) -> PositionHead:
+    size, positions = self.model.size(), (self.reference_size // self.model.patch) ** 2
+    return PositionHead(
+      positions=positions, heads=size.heads, mlp_dim=size.mlp_dim, epsilon=self.model.layernorm_eps, dtype=self.model.dtype
+    )
+
+  def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
+    rng_encoder, rng_head = jax.random.split(rng)
+    encoder = self.encoder.init(rng_encoder, batch["reference"][:, 0], train=False)["params"]
+    tokens = jnp.zeros((1, 1, self.model.size().width))
+    params = {"encoder": encoder, "position_head": self.position_head.init(rng_head, tokens, tokens)["params"]}
+    return params, {"teacher": jax.tree.map(jnp.copy, params)}
+
+  # 3. Loss
+
+  def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
+    rng_run, rng_keep, rng_reference, rng_query, rng_focal = jax.random.split(rng, 5)
+    run, keep = self.visible_run(rng_run), self.kept_tokens(rng_keep)
+
+    # 3.1 The reference: the teacher sees all of it, the queries a run of its tokens.
+    images = batch["reference"][:, 0]
+    if self.cluster_loss:
+      reference = encode(self.teacher_encoder, extra["teacher"]["encoder"], {}, images, train=True, rng=rng_reference).out
+      reference = jax.lax.stop_gradient(reference)
+      visible = jnp.take(reference["tokens"], run, axis=1)  # [B, R, D]
+    else:
+      reference = encode(self.encoder, params["encoder"], {}, images, train=True, rng=rng_reference, keep=run).out
+      visible = reference["tokens"]
+
+    # 3.2 The queries: tokens x [B, M, D] of all of them side by side, and their places y [B, M] in the reference.
+    rows, student = images.shape[0], {"train": True, "add_positions": self.cluster_loss}
+    query = encode(self.encoder, params["encoder"], {}, batch["query"][:, 0], rng=rng_query, keep=keep, **student).out
+    focal_images = batch["focal"].reshape(-1, *batch["focal"].shape[2:])  # image-major, as the batch is sharded
+    focal = encode(self.encoder, params["encoder"], {}, focal_images, rng=rng_focal, **student).out
+    both = lambda key: jnp.concatenate([query[key], focal[key].reshape(rows, -1, focal[key].shape[-1])], axis=1)  # noqa: E731
+    x = both("tokens")
+    y = jnp.concatenate([jnp.take(self.query_positions(batch, "query"), keep, axis=1), self.query_positions(batch, "focal")], axis=1)
+
+    # 3.3 Position prediction.
+    logits = self.position_head.apply({"params": params["position_head"]}, x, visible)
+    place = location.position_loss(logits, y, groups=self.loss_groups)
+    metrics = {"position_loss": place.loss, "position_accuracy": place.accuracy, "valid_fraction": place.valid}
+    metrics |= health.embedding(x.reshape(-1, x.shape[-1])) | {"momentum": self.ema_momentum(step)}
+    if not self.cluster_loss:
+      return place.loss, (extra, jax.lax.stop_gradient(metrics))
+
+    # 3.4 Patch-cluster prediction and me-max.
+    out = location.patch_cluster_loss(
+      both("projection"),
+      reference["projection"],
+      y,
+      temperature=self.temperature,
+      sharpen=self.sharpen,
+      sinkhorn_iterations=self.sinkhorn_iterations,
+      groups=self.loss_groups,
+    )
+    flat = lambda p: p.reshape(-1, p.shape[-1])  # noqa: E731
+    metrics |= {"cluster_ce": out.ce, "memax": out.memax}
+    metrics |= health.distribution(flat(out.targets), name="target") | health.distribution(flat(out.probabilities), name="prediction")
+    total = place.loss + out.ce + self.memax_weight * out.memax
+    return total, (extra, jax.lax.stop_gradient(metrics))
+
+  def visible_run(self, rng: Array) -> Array:
+    """Consecutive tokens, row-major, one offset for the batch; [reference_seqlen] int32."""
+    positions = (self.reference_size // self.model.patch) ** 2
+    return jax.random.randint(rng, (), 0, positions - self.reference_seqlen + 1) + jnp.arange(self.reference_seqlen)
+
+  def kept_tokens(self, rng: Array) -> Array:
+    """Tokens of the large query that stay, one random set for the batch; [query_seqlen] int32."""
+    return jax.random.permutation(rng, (self.query_size // self.model.patch) ** 2)[: self.query_seqlen]
+
+  # 4. The teacher's update
+
+  def ema_momentum(self, step: Array) -> Array:
+    return schedules.cosine(step, start=self.momentum, final=self.momentum_final, total=self.total_steps)
+
+  def post_update(self, params: Params, extra: Extra, step: Array) -> Extra:
+    return extra | {"teacher": ema(extra["teacher"], params, self.ema_momentum(step))}
+
+  # 5. Evaluation
+
+  def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
+    """ "pooled": the mean of the teacher's patch tokens after the final norm (own choice); "student": the same of the student."""
+    of = lambda tree: encode(self.encoder, tree["encoder"], {}, batch["image"][:, 0], train=False).out["tokens"]  # noqa: E731
+    mean = lambda tree: jnp.mean(of(tree).astype(jnp.float32), axis=1)  # noqa: E731
+    return {"pooled": mean(extra["teacher"]), "student": mean(params)}
+
+  def param_rules(self) -> tuple[Rule, ...]:
+    """Decay on every parameter whose rank is not 1: positions, prototypes, and the biases of query, key and value, one row per head."""
+    return (
+      Rule(pattern=r"/(query|key|value)/bias$"),
+      Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False),
+      Rule(pattern=r".*"),
+    )

@@ -1,0 +1,83 @@
+"""SeLa-v2: self-labelling (arXiv 1911.05371) with the ingredients of SwAV (arXiv 2006.09882, appendix D).
+
+As DeepCluster-v2, with two changes: the labels of an epoch are an equal partition of the WHOLE data set by optimal
+transport instead of k-means, and the prototypes are trained by gradient, of unit length before every forward pass:
+
+  Q = argmin <Q, -Z C^T> - epsilon H(Q)   with rows 1/N and columns 1/K;   label_i = argmax_k Q_ik
+
+No code was released. Own choices: epsilon .05, solved in logarithms until prototypes and images are within 1e-3 of their
+shares on average or for 50 sweeps, head h from large crop h mod A, prototypes frozen at the start as in SwAV.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from big_ssl.core.method import Method
+from big_ssl.core.types import Array, Extra, Interval, Params, Rule, TrainState, UserError
+from big_ssl.methods.cluster_memory import Clustering, ClusterMemory
+from big_ssl.methods.multicrop import init_prototypes, scores, unit_prototypes
+from big_ssl.ops.transport import equipartition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeLaV2(ClusterMemory, Method):
+  """SeLa-v2; defaults are DeepCluster-v2's recipe. Views and head: see `MultiCrop`; heads: `ClusterMemory`.
+
+  Attributes:
+    epsilon: of the transport.
+    tolerance: mean relative change of an image's factor below which the transport is solved.
+    max_sweeps: after which labels are taken as they are.
+    freeze_prototypes: how long the prototypes are not trained, though still projected.
+  """
+
+  epsilon: float = 0.05
+  tolerance: float = 1e-3
+  max_sweeps: int = 50
+  freeze_prototypes: Interval = Interval(313, "steps")
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("epsilon", "tolerance", "max_sweeps"):
+      if getattr(self, name) <= 0:
+        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a positive number.")
+
+  def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
+    rng_encoder, rng_prototypes = jax.random.split(rng)
+    params, extra = self.init_encoder(rng_encoder, batch)
+    params["prototypes"] = init_prototypes(rng_prototypes, self.num_prototypes, dim=self.output_dim)
+    return params, extra | self.init_memory()
+
+  def project(self, params: Params) -> Params:
+    return unit_prototypes(params)
+
+  def prototypes(self, params: Params, extra: Extra) -> dict[str, Array]:
+    del extra
+    return params["prototypes"]
+
+  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator, mesh: Mesh | None) -> Clustering:
+    """The equal partition under the current prototypes; the scores [n, K] are split over the devices by image."""
+    del rng
+    prototypes = self.project(state.params)["prototypes"][f"head{head}"]
+    count, devices = len(z), 1 if mesh is None else mesh.size
+    padded = np.pad(z, ((0, -count % devices), (0, 0)))
+    if mesh is not None:
+      place = NamedSharding(mesh, P(mesh.axis_names))
+      padded = jax.make_array_from_callback(padded.shape, place, lambda i, rows=padded: rows[i])
+    log_p = jax.jit(scores)(jnp.asarray(padded), prototypes)
+    found = equipartition(log_p, power=1 / self.epsilon, tolerance=self.tolerance * count, max_iterations=self.max_sweeps, num_rows=count)
+    return Clustering(found.labels, metrics={"sweeps": float(found.iterations), "transport_error": found.error / count})
+
+  def refresh_memory(self) -> dict[str, int]:
+    size = 4 * max(self.num_examples, 1) * max(self.num_prototypes)
+    return super().refresh_memory() | {"the scores of a head, over all devices": size}
+
+  def param_rules(self) -> tuple[Rule, ...]:
+    """One group, as SwAV."""
+    return (Rule(pattern=r"^prototypes/", freeze_until=self.freeze_prototypes), Rule(pattern=r".*"))
