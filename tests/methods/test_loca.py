@@ -160,7 +160,7 @@ def test_the_public_training_steps_are_reproduced(golden, devices):
   def step(state, batch, run, kept):
     method_ = method.replace(run=run, kept=kept)
     loss = functools.partial(method_.loss, batch=batch, rng=jax.random.key(0), step=state.step)
-    (total, (extra, metrics)), grads = jax.rowsand_grad(lambda p: loss(p, state.extra), has_aux=True)(state.params)
+    (total, (extra, metrics)), grads = jax.value_and_grad(lambda p: loss(p, state.extra), has_aux=True)(state.params)
     updated = optimizer.apply(state.params, grads, state.opt_state, state.step)
     extra = method_.post_update(updated.params, extra, state.step + 1)
     metrics = jnp.stack([total, metrics["cluster_ce"] + metrics["memax"], metrics["position_accuracy"], updated.metrics["lr"]])

@@ -99,7 +99,7 @@ def test_a_refresh_gives_equal_parts_and_touches_labels_only():
   new, metrics = method.refresh(state, extractor(images_of(method)), jax.random.key(1))
   labels = np.asarray(new.extra["assignments"])
   sizes = np.stack([np.bincount(c, minlength=5) for c in labels.T])
-  assert sizes.min() >= 18 and sizes.max() <= 22, sizes
+  assert np.abs(sizes - 20).sum(axis=1).max() <= 2 * (5 - 1), sizes  # an optimal plan splits at most K - 1 images
   assert metrics["cluster_min"] == sizes.min() and metrics["cluster_max"] == sizes.max()
   assert metrics["transport_error"] <= 0.1 and metrics["sweeps"] < 2000 and 0 <= metrics["nmi_to_last"] < 0.5
   assert new.extra.keys() == state.extra.keys() and engine.leaves_equal(new.params, state.params)

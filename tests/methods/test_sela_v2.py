@@ -70,7 +70,8 @@ def test_transport_options_reach_the_solver(tiny):
 def test_prototypes_get_a_gradient_and_are_frozen_at_the_start(tiny):
   method, batch, state = tiny
   labeled, _ = method.refresh(state, no_pass, jax.random.key(0))
-  grads = jax.grad(lambda p: method.loss(p, labeled.extra, batch, jax.random.key(1), state.step)[0])(state.params)
+  extra = jax.tree.map(jnp.asarray, labeled.extra)
+  grads = jax.grad(lambda p: method.loss(p, extra, batch, jax.random.key(1), state.step)[0])(state.params)
   assert all(np.any(g) for g in grads["prototypes"].values())
   rule = method.replace(freeze_prototypes=Interval(7, "steps")).param_rules()[0]
   assert rule.pattern == "^prototypes/" and rule.freeze_until == Interval(7, "steps")
