@@ -46,7 +46,15 @@ def example_folder(directory: pathlib.Path, *, count: int = 64) -> pathlib.Path:
 
 def dino_views() -> tuple:
   """The three views of DINO (arXiv 2104.14294): two global crops of 224, eight local ones of 96."""
-  from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+  from big_ssl.augment.photometric import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    Normalize,
+    Solarize,
+  )
   from big_ssl.core.method import View
 
   def view(name, size, count, scale, blur, solarize):
@@ -121,7 +129,7 @@ def bench_input(args: argparse.Namespace) -> dict:
     folder = pathlib.Path(args.data) if args.data else example_folder(pathlib.Path(temporary))
     source = source_lib.open_splits(str(folder), split="", eval_split="")["train"]
     inputs, size = Inputs(views=dino_views()), args.batch_size
-    make = lambda crop: Pipeline(source, inputs, batch_size=size, seed=0, rows=(0, size), canvas=args.canvas, crop=crop)  # noqa: E731
+    make = lambda crop: Pipeline(source, inputs, batch_size=size, seed=0, rows=(0, size), canvas=args.canvas, crop=crop)
     device = make("device")
     batches = (raw for _, raw in device.iterate(0, 10**9))
 

@@ -31,7 +31,7 @@ def keep_indices(key: Array, *, tokens: int, ratio: float, batch: int | None = N
   if kept < 1:
     most = 1 - 1 / max(tokens, 1)
     raise UserError(f"masking: ratio={ratio!r} of {tokens} patches leaves none; at most {most:.3g} can go.")
-  draw = lambda k: jax.random.permutation(k, tokens)[:kept].astype(jnp.int32)  # noqa: E731
+  draw = lambda k: jax.random.permutation(k, tokens)[:kept].astype(jnp.int32)
   if batch is None:
     return draw(key)
   return jax.vmap(lambda row: draw(jax.random.fold_in(key, row)))(jnp.arange(batch))

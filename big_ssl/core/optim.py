@@ -131,7 +131,7 @@ def make_optimizer(
   update = _adamw if config.name == "adamw" else _momentum
 
   def init(params: Params) -> PyTree:
-    zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
     if config.name == "adamw":
       return {"mu": zeros(), "nu": zeros(), "count": jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)}
     return {"momentum": zeros()}

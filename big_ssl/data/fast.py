@@ -69,7 +69,7 @@ def decoded(
   def fast(data, index):
     longest = tf.reduce_max(tf.io.extract_jpeg_shape(data)[:2])
     power = tf.reduce_sum(tf.cast(longest // canvas >= [2, 4, 8], tf.int32))  # the DCT scales by 1, 1/2, 1/4 or 1/8
-    decode = lambda ratio: tf.io.decode_jpeg(  # noqa: E731
+    decode = lambda ratio: tf.io.decode_jpeg(
       data, channels=channels, ratio=ratio, dct_method="INTEGER_ACCURATE"
     )
     image = tf.switch_case(power, [lambda r=2**p: decode(r) for p in range(4)])

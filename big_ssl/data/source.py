@@ -336,7 +336,7 @@ def _npz(file: str, *, split: str, eval_split: str) -> list[DataSource]:
   except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f"--data={file}: not a readable .npz of plain arrays: {error}.") from None
   name, splits = pathlib.Path(file).name, {}
-  pick = lambda keys: next((arrays[k] for k in keys if k in arrays), None)  # noqa: E731
+  pick = lambda keys: next((arrays[k] for k in keys if k in arrays), None)
   for part, (image_keys, label_keys) in _NPZ_SPLITS.items():
     if pick(image_keys) is not None:
       splits[part] = Arrays(pick(image_keys), pick(label_keys), name=f"{name}/{part}")

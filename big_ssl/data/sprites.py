@@ -35,18 +35,18 @@ def render(indices: np.ndarray, *, seed: int = 0, split: str = "train", size: in
   """Draws the images `indices` of a split, of side `size` pixels."""
   indices = np.asarray(indices, np.int64)
   parts = [_render(indices[i : i + _CHUNK], seed, split, size) for i in range(0, len(indices), _CHUNK)]
-  join = lambda name: np.concatenate([getattr(p, name) for p in parts])  # noqa: E731
+  join = lambda name: np.concatenate([getattr(p, name) for p in parts])
   return Sprites(join("image"), join("label"), join("mask"), join("box"), [c for p in parts for c in p.caption])
 
 
 def _render(indices: np.ndarray, seed: int, split: str, size: int) -> Sprites:
   n = len(indices)
   u = iter(uniforms(seed, f"sprites/{split}", indices.astype(np.uint64), 32).T)
-  between = lambda low, high: (low + (high - low) * next(u)).astype(np.float32)  # noqa: E731
+  between = lambda low, high: (low + (high - low) * next(u)).astype(np.float32)
   label = (next(u) * len(CLASSES)).astype(np.int32)
   shape = (next(u) * len(SHAPES)).astype(np.int32)
 
-  column = lambda x: np.asarray(x, np.float32)[:, None, None]  # noqa: E731
+  column = lambda x: np.asarray(x, np.float32)[:, None, None]
   axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
   y, x = axis[None, :, None], axis[None, None, :]
   radius = between(0.45, 0.6)
@@ -159,6 +159,6 @@ def _boxes(mask: np.ndarray) -> np.ndarray:
   """Tight boxes y0, x0, y1, x1 as shares of the side."""
   size = mask.shape[1]
   rows, columns = mask.any(2), mask.any(1)
-  first = lambda a: a.argmax(1)  # noqa: E731
-  last = lambda a: size - a[:, ::-1].argmax(1)  # noqa: E731
+  first = lambda a: a.argmax(1)
+  last = lambda a: size - a[:, ::-1].argmax(1)
   return np.stack([first(rows), first(columns), last(rows), last(columns)], axis=1).astype(np.float32) / size

@@ -121,7 +121,7 @@ def take(features: Features, rows: np.ndarray) -> Features:
 def _standardize(train: Features, held_out: Features) -> tuple[Features, Features]:
   """Each dimension less its mean over the training images, divided by its deviation there."""
   mean, std = train.features.mean(0), train.features.std(0) + 1e-6
-  scale = lambda f: dataclasses.replace(f, features=(f.features - mean) / std)  # noqa: E731
+  scale = lambda f: dataclasses.replace(f, features=(f.features - mean) / std)
   return scale(train), scale(held_out)
 
 

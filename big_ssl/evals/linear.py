@@ -52,7 +52,7 @@ class LinearProbe(Evaluator):
   def _score(self, pair: Pair) -> tuple[float, float]:
     """Held-out accuracy and the lambda it was reached with."""
     mean, std = pair.train.features.mean(0), pair.train.features.std(0) + 1e-6
-    with_one = lambda f: np.concatenate([(f - mean) / std, np.ones((len(f), 1))], axis=1)  # noqa: E731
+    with_one = lambda f: np.concatenate([(f - mean) / std, np.ones((len(f), 1))], axis=1)
     x, y, test = with_one(pair.train.features), pair.train.labels, with_one(pair.held_out.features)
     classes = int(max(y.max(), pair.held_out.labels.max())) + 1
     tenth = np.arange(len(x)) % 10 == 0

@@ -15,15 +15,22 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.augment.photometric import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  ColorJitter,
+  GaussianBlur,
+  Grayscale,
+  Solarize,
+)
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
 from big_ssl.losses import classify
 from big_ssl.losses.regression import normalized_mse
-from big_ssl.models.encoder import Encoder, as_teacher, encode, teacher_tree
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_shares, normalize
+from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode, teacher_tree
 from big_ssl.models.heads import Linear, ProjectionHead
 from big_ssl.ops.ema import ema
 
@@ -66,15 +73,9 @@ class BYOL(Method):
   supports_accumulation = True  # as the paper does for its small batches (section 5); BN is then per microbatch
 
   def __post_init__(self):
-    for name in ("momentum", "momentum_final"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a share in [0, 1]; 1 never moves the target.")
-    if self.projector_layers < 1:
-      raise UserError(f"config.method.projector_layers={self.projector_layers}: at least 1 is needed.")
-    if self.predictor_layers < 0:
-      raise UserError(f"config.method.predictor_layers={self.predictor_layers}: expected 0 (no predictor) or more.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values.")
+    check_shares(self, "momentum", "momentum_final")
+    check_least(self, projector_layers=1, predictor_layers=0)
+    check_channels(self)
 
   # 1. Views
 
@@ -93,15 +94,12 @@ class BYOL(Method):
       Grayscale(p=0.2, luma="byol"),
       GaussianBlur(p=blur, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
       Solarize(p=solarize),
-      Normalize(mean=self.mean, std=self.std),
+      *normalize(self),
     )
     return View(name=name, size=self.size, crop="clipped", scale=self.scale, interpolation="bicubic", augment=augment)
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(
-      name="image", size=self.size, crop="center", flip=0.0, interpolation="bicubic", center_fraction=self.eval_fraction, augment=normalize
-    )
+    return center_view(self, size=self.size, interpolation="bicubic")
 
   # 2. Networks
 
@@ -130,11 +128,11 @@ class BYOL(Method):
     if self.own_target_init:
       target = self.target_encoder.init(rng_target, images, train=False)["params"]
     else:
-      target = jax.tree.map(jnp.copy, teacher_tree(params["encoder"]))
+      target = copy_tree(teacher_tree(params["encoder"]))
     if self.online_classifier:
       pooled = encode(self.encoder, params["encoder"], stats, images, train=False).out["pooled"]
       params["classifier"] = self.classifier.init(rng_classifier, pooled, train=False)["params"]
-    return params, {"teacher": target, "batch_stats": stats, "teacher_batch_stats": jax.tree.map(jnp.copy, teacher_tree(stats))}
+    return params, {"teacher": target, "batch_stats": stats, "teacher_batch_stats": copy_tree(teacher_tree(stats))}
 
   # 3. Loss
 

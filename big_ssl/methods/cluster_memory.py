@@ -26,6 +26,7 @@ from big_ssl.core.method import Extract
 from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, TrainState, UserError
 from big_ssl.losses import cluster
 from big_ssl.methods.multicrop import MultiCrop, check_prototypes, scores
+from big_ssl.methods.parts import check_positive
 from big_ssl.models.encoder import encode
 from big_ssl.ops.clustering_scores import normalized_mutual_information, size_entropy
 from big_ssl.ops.host import gather
@@ -61,8 +62,7 @@ class ClusterMemory(MultiCrop):
   def __post_init__(self):
     super().__post_init__()
     check_prototypes(self.num_prototypes)
-    if self.temperature <= 0:
-      raise UserError(f"config.method.temperature={self.temperature}: expected a positive number.")
+    check_positive(self, "temperature")
 
   # 1. State
 

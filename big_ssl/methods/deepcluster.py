@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
 from big_ssl.core import health
 from big_ssl.core.method import Extract, Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, TrainState, UserError
 from big_ssl.losses import classify, cluster
+from big_ssl.methods.parts import center_view, check_channels, check_least, normalize
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import Linear
 from big_ssl.ops import kmeans, pca, power_iteration
@@ -68,20 +69,16 @@ class DeepCluster(Method):
   supports_accumulation = True
 
   def __post_init__(self):
-    for name, least in (("num_clusters", 2), ("pca_dim", 1), ("iterations", 1), ("max_repeats", 0)):
-      if getattr(self, name) < least:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected at least {least}.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, as many values.")
+    check_least(self, num_clusters=2, pca_dim=1, iterations=1, max_repeats=0)
+    check_channels(self)
 
   # 1. Views: crop and flip, no color; the clustered view is the evaluation's
 
   def inputs(self) -> Inputs:
-    return Inputs(views=(View(name="crop", size=self.size, scale=self.scale, augment=(Normalize(mean=self.mean, std=self.std),)),))
+    return Inputs(views=(View(name="crop", size=self.size, scale=self.scale, augment=normalize(self)),))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   # 2. Networks
 
@@ -150,7 +147,7 @@ class DeepCluster(Method):
     found, metrics = self.find_clusters(x, np.random.default_rng(np.asarray(jax.random.key_data(rng_clusters))))
     labels = contiguous(found, most=self.num_clusters)
     # 4.2 A new classifier, and nothing that the optimizer remembers of the old one
-    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     opt_state = {slot: tree | {"head": zeros(tree["head"])} for slot, tree in state.opt_state.items()}
     sizes = np.bincount(labels[labels >= 0], minlength=self.num_clusters).astype(np.int32)
     previous = np.asarray(state.extra["assignments"])

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from big_ssl.core.method import Method
-from big_ssl.core.types import Array, Extra, Params, Rule, TrainState, UserError
+from big_ssl.core.types import Array, Extra, Params, Rule, TrainState
 from big_ssl.methods.cluster_memory import Clustering, ClusterMemory
 from big_ssl.methods.multicrop import init_prototypes
+from big_ssl.methods.parts import check_least
 from big_ssl.ops.kmeans import memory, spherical_kmeans
 
 
@@ -32,8 +33,7 @@ class DeepClusterV2(ClusterMemory, Method):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.kmeans_iterations < 1:
-      raise UserError(f"config.method.kmeans_iterations={self.kmeans_iterations}: at least 1 is needed.")
+    check_least(self, kmeans_iterations=1)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     rng_encoder, rng_prototypes = jax.random.split(rng)

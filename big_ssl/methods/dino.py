@@ -22,13 +22,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.augment.photometric import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  ColorJitter,
+  GaussianBlur,
+  Grayscale,
+  Solarize,
+)
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.schedules import cosine
 from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, UserError
 from big_ssl.losses import distill
 from big_ssl.losses.regularizers import entropy
+from big_ssl.methods.parts import (
+  center_view,
+  check_channels,
+  check_least,
+  check_patches,
+  check_positive,
+  check_shares,
+  normalize,
+)
 from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, crop_major, encode, encode_crops
 from big_ssl.models.heads import DINOHead
 from big_ssl.ops.ema import ema
@@ -90,17 +106,9 @@ class DINO(Method):
   accumulation_reason = "the center is the mean of the teacher's outputs over the whole batch"
 
   def __post_init__(self):
-    if self.num_prototypes < 2:
-      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: at least 2 are needed.")
-    for name, least in (("hidden_dim", 1), ("bottleneck_dim", 1), ("head_layers", 1), ("freeze_epochs", 0), ("teacher_warmup_epochs", 0)):
-      if getattr(self, name) < least:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: at least {least} is needed.")
-    for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-      if getattr(self, name) <= 0:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a positive number.")
-    for name in ("center_momentum", "momentum", "momentum_final"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a share in [0, 1].")
+    check_least(self, num_prototypes=2, hidden_dim=1, bottleneck_dim=1, head_layers=1, freeze_epochs=0, teacher_warmup_epochs=0)
+    check_positive(self, "student_temperature", "teacher_temperature", "teacher_temperature_start")
+    check_shares(self, "center_momentum", "momentum", "momentum_final")
     self._check_views()
     epochs = self.total_steps / self.steps_per_epoch if self.num_examples else float("inf")
     if self.teacher_warmup_epochs > max(epochs, 1):
@@ -112,13 +120,8 @@ class DINO(Method):
       raise UserError(
         f"config.method.global_views={self.global_views}, local_views={self.local_views}: at least one global and two in all are needed."
       )
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      count = self.image_channels
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {count} channels, give as many values.")
-    patch = getattr(self.model, "patch", None)
-    for name in ("global_size", "local_size")[: 2 if self.local_views else 1]:
-      if patch and getattr(self, name) % patch:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+    check_channels(self)
+    check_patches(self, *("global_size", "local_size")[: 2 if self.local_views else 1])
 
   # 1. Views
 
@@ -132,7 +135,7 @@ class DINO(Method):
         Grayscale(p=self.gray),
         GaussianBlur(p=blur, sigma=(0.1, 2.0)),
         *((Solarize(p=solarize),) if solarize else ()),
-        Normalize(mean=self.mean, std=self.std),
+        *normalize(self),
       )
       size, scale = (self.local_size, self.local_scale) if local else (self.global_size, self.global_scale)
       return View(name=name, size=size, count=count, scale=scale, interpolation="bicubic", augment=augment)
@@ -145,16 +148,7 @@ class DINO(Method):
     return Inputs(views=tuple(v for v in views if v.count))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(
-      name="image",
-      size=self.global_size,
-      crop="center",
-      flip=0.0,
-      interpolation="bicubic",
-      center_fraction=self.eval_fraction,
-      augment=normalize,
-    )
+    return center_view(self, size=self.global_size, interpolation="bicubic")
 
   # 2. Networks
 

@@ -23,12 +23,20 @@ import jax
 import jax.numpy as jnp
 
 from big_ssl.augment.correspondence import patch_positions
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.augment.photometric import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  ColorJitter,
+  GaussianBlur,
+  Grayscale,
+  Solarize,
+)
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import location
-from big_ssl.models.encoder import Encoder, encode
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
+from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode
 from big_ssl.models.loca_heads import ClusterHead, PositionHead
 from big_ssl.ops.ema import ema
 
@@ -91,14 +99,10 @@ class LOCA(Method):
   accumulation_reason = "me-max and Sinkhorn need the whole batch, and the losses are means over its valid patches"
 
   def __post_init__(self):
-    if self.focal_queries < 1:
-      raise UserError(f"config.method.focal_queries={self.focal_queries}: at least 1 is needed.")
-    if self.num_prototypes < 2:
-      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: at least 2 are needed.")
+    check_least(self, focal_queries=1, num_prototypes=2)
     if self.loss_groups < 1 or (self.model is not None and self.batch_size % self.loss_groups):
       raise UserError(f"config.method.loss_groups={self.loss_groups}: must divide config.batch_size={self.batch_size}.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: give one value for each of the {self.image_channels} channels.")
+    check_channels(self)
     if self.model is not None:
       self._check_patches()
 
@@ -106,9 +110,7 @@ class LOCA(Method):
     patch = getattr(self.model, "patch", None)
     if patch is None or getattr(self.model, "stem_channels", ()):
       raise UserError(f"config.model: LOCA needs a ViT with a linear patch embedding; {type(self.model).__name__} as configured is none.")
-    for name in ("reference_size", "query_size", "focal_size"):
-      if getattr(self, name) % patch:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+    check_patches(self, "reference_size", "query_size", "focal_size")
     for name, size in (("reference_seqlen", self.reference_size), ("query_seqlen", self.query_size)):
       positions = (size // patch) ** 2
       if not 1 <= getattr(self, name) <= positions:
@@ -126,7 +128,7 @@ class LOCA(Method):
         Grayscale(p=self.gray, luma="byol"),
         GaussianBlur(p=blur if self.blur else 0.0, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
         Solarize(p=solarize),
-        Normalize(mean=self.mean, std=self.std),
+        *normalize(self),
       )
       return View(name=name, size=size, count=count, scale=scale, flip=flip, antialias=False, return_box=True, augment=augment)
 
@@ -139,8 +141,7 @@ class LOCA(Method):
     )
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.reference_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.reference_size)
 
   def query_positions(self, batch: dict[str, Array], name: str) -> Array:
     """The reference patch under each patch of the views `name`, [B, V * T] int32, row-major, -1 outside."""
@@ -164,7 +165,7 @@ class LOCA(Method):
 
   @property
   def teacher_encoder(self) -> Encoder:
-    return self.encoder if self.teacher_drop_path else self.encoder.clone(backbone=self.model.clone(drop_path=0.0))
+    return self.encoder if self.teacher_drop_path else as_teacher(self.encoder)
 
   @property
   def position_head(self) -> PositionHead:
@@ -178,7 +179,7 @@ class LOCA(Method):
     encoder = self.encoder.init(rng_encoder, batch["reference"][:, 0], train=False)["params"]
     tokens = jnp.zeros((1, 1, self.model.size().width))
     params = {"encoder": encoder, "position_head": self.position_head.init(rng_head, tokens, tokens)["params"]}
-    return params, {"teacher": jax.tree.map(jnp.copy, params)}
+    return params, {"teacher": copy_tree(params)}
 
   # 3. Loss
 
@@ -201,7 +202,7 @@ class LOCA(Method):
     query = encode(self.encoder, params["encoder"], {}, batch["query"][:, 0], rng=rng_query, keep=keep, **student).out
     focal_images = batch["focal"].reshape(-1, *batch["focal"].shape[2:])  # image-major, as the batch is sharded
     focal = encode(self.encoder, params["encoder"], {}, focal_images, rng=rng_focal, **student).out
-    both = lambda key: jnp.concatenate([query[key], focal[key].reshape(rows, -1, focal[key].shape[-1])], axis=1)  # noqa: E731
+    both = lambda key: jnp.concatenate([query[key], focal[key].reshape(rows, -1, focal[key].shape[-1])], axis=1)
     x = both("tokens")
     y = jnp.concatenate([jnp.take(self.query_positions(batch, "query"), keep, axis=1), self.query_positions(batch, "focal")], axis=1)
 
@@ -223,7 +224,7 @@ class LOCA(Method):
       sinkhorn_iterations=self.sinkhorn_iterations,
       groups=self.loss_groups,
     )
-    flat = lambda p: p.reshape(-1, p.shape[-1])  # noqa: E731
+    flat = lambda p: p.reshape(-1, p.shape[-1])
     metrics |= {"cluster_ce": out.ce, "memax": out.memax}
     metrics |= health.distribution(flat(out.targets), name="target") | health.distribution(flat(out.probabilities), name="prediction")
     total = place.loss + out.ce + self.memax_weight * out.memax
@@ -250,8 +251,8 @@ class LOCA(Method):
 
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
     """ "pooled": the mean of the teacher's patch tokens after the final norm (own choice); "student": the same of the student."""
-    of = lambda tree: encode(self.encoder, tree["encoder"], {}, batch["image"][:, 0], train=False).out["tokens"]  # noqa: E731
-    mean = lambda tree: jnp.mean(of(tree).astype(jnp.float32), axis=1)  # noqa: E731
+    of = lambda tree: encode(self.encoder, tree["encoder"], {}, batch["image"][:, 0], train=False).out["tokens"]
+    mean = lambda tree: jnp.mean(of(tree).astype(jnp.float32), axis=1)
     return {"pooled": mean(extra["teacher"]), "student": mean(params)}
 
   def param_rules(self) -> tuple[Rule, ...]:

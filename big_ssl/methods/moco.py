@@ -19,12 +19,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses.contrastive import InfoNCE, queue_nce
-from big_ssl.models.encoder import Encoded, Encoder, as_teacher, encode
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
+from big_ssl.models.encoder import Encoded, Encoder, as_teacher, copy_tree, encode
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops import queue as queue_lib
 from big_ssl.ops.ema import ema
@@ -80,15 +81,10 @@ class MoCo(Method):
         f"config.method.queue_size={self.queue_size}: with symmetric=True it must be a multiple of the keys of both views,"
         f" 2 x config.batch_size={self.batch_size}."
       )
-    if self.temperature <= 0:
-      raise UserError(f"config.method.temperature={self.temperature}: expected a positive number.")
-    for name in ("momentum", "momentum_final"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a share in [0, 1]; 1 never moves the key encoder.")
-    if self.head_layers < 1:
-      raise UserError(f"config.method.head_layers={self.head_layers}: expected 1 (v1), 2 (v2) or more.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values.")
+    check_positive(self, "temperature")
+    check_shares(self, "momentum", "momentum_final")
+    check_least(self, head_layers=1)
+    check_channels(self)
 
   # 1. Views
 
@@ -96,12 +92,11 @@ class MoCo(Method):
     s, gray = self.color_strength, Grayscale(p=0.2)
     jitter = ColorJitter(brightness=s, contrast=s, saturation=s, hue=self.hue, p=self.jitter)
     color = (gray, jitter) if self.gray_first else (jitter, gray)
-    augment = (*color, GaussianBlur(p=self.blur, sigma=(0.1, 2.0)), Normalize(mean=self.mean, std=self.std))
+    augment = (*color, GaussianBlur(p=self.blur, sigma=(0.1, 2.0)), *normalize(self))
     return Inputs(views=(View(name="views", size=self.size, count=2, scale=self.scale, augment=augment),))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   # 2. Networks
 
@@ -120,8 +115,7 @@ class MoCo(Method):
     variables = self.encoder.init(rng_encoder, batch["views"][:, 0], train=False)
     stats = variables.get("batch_stats", {})
     queue = queue_lib.ring(l2_normalize(jax.random.normal(rng_queue, (self.queue_size, self.output_dim))))
-    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
-    extra = {"teacher": copy(variables["params"]), "batch_stats": stats, "teacher_batch_stats": copy(stats)}
+    extra = {"teacher": copy_tree(variables["params"]), "batch_stats": stats, "teacher_batch_stats": copy_tree(stats)}
     return {"encoder": variables["params"]}, extra | {"queue": queue.rows, "queue_pointer": queue.pointer}
 
   # 3. Loss

@@ -16,14 +16,21 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.augment.photometric import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  ColorJitter,
+  GaussianBlur,
+  Grayscale,
+  Solarize,
+)
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule
 from big_ssl.losses.contrastive import batch_nce
-from big_ssl.models.encoder import Encoder, as_teacher, encode, teacher_tree
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
+from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode, teacher_tree
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops.ema import ema
 
@@ -70,17 +77,10 @@ class MoCoV3(Method):
   accumulation_reason = "the keys of the whole batch are each other's negatives"
 
   def __post_init__(self):
-    if self.temperature <= 0:
-      raise UserError(f"config.method.temperature={self.temperature}: expected a positive number.")
-    for name in ("momentum", "momentum_final"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a share in [0, 1]; 1 never moves the key encoder.")
-    if self.projector_layers < 1:
-      raise UserError(f"config.method.projector_layers={self.projector_layers}: at least 1 is needed.")
-    if self.predictor_layers < 0:
-      raise UserError(f"config.method.predictor_layers={self.predictor_layers}: expected 0 (no predictor) or more.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values.")
+    check_positive(self, "temperature")
+    check_shares(self, "momentum", "momentum_final")
+    check_least(self, projector_layers=1, predictor_layers=0)
+    check_channels(self)
 
   # 1. Views
 
@@ -94,13 +94,12 @@ class MoCoV3(Method):
       Grayscale(p=0.2),
       GaussianBlur(p=blur, sigma=(0.1, 2.0)),
       Solarize(p=solarize),
-      Normalize(mean=self.mean, std=self.std),
+      *normalize(self),
     )
     return View(name=name, size=self.size, scale=self.scale, augment=augment)
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   # 2. Networks
 
@@ -127,7 +126,7 @@ class MoCoV3(Method):
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     variables = self.encoder.init(rng, batch["view1"][:, 0], train=False)
     params, stats = variables["params"], variables.get("batch_stats", {})
-    copy = lambda tree: jax.tree.map(jnp.copy, teacher_tree(tree))  # noqa: E731
+    copy = lambda tree: copy_tree(teacher_tree(tree))
     return {"encoder": params}, {"teacher": copy(params), "batch_stats": stats, "teacher_batch_stats": copy(stats)}
 
   # 3. Loss

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from big_ssl.augment import masking
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import distill
-from big_ssl.models.encoder import Encoder, encode
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
+from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, crop_major, encode
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops.ema import ema
 
@@ -85,18 +86,13 @@ class MSN(Method):
   accumulation_reason = "me-max, Sinkhorn and batch normalisation need the whole batch"
 
   def __post_init__(self):
-    if self.num_prototypes < 2:
-      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: at least 2 are needed.")
+    check_least(self, num_prototypes=2)
     if not 0 <= self.patch_drop < 1:
       raise UserError(f"config.method.patch_drop={self.patch_drop}: expected a share in [0, 1).")
     if self.rand_views + self.focal_views < 1:
       raise UserError("config.method.rand_views=0 and focal_views=0: at least one anchor view is needed.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values.")
-    patch = getattr(self.model, "patch", None)
-    for name in ("rand_size", "focal_size"):
-      if patch and getattr(self, name) % patch:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+    check_channels(self)
+    check_patches(self, "rand_size", "focal_size")
 
   # 1. Views
 
@@ -106,9 +102,9 @@ class MSN(Method):
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
       Grayscale(p=self.gray),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
-      Normalize(mean=self.mean, std=self.std),
+      *normalize(self),
     )
-    view = lambda name, size, count, scale: View(name=name, size=size, count=count, scale=scale, augment=augment)  # noqa: E731
+    view = lambda name, size, count, scale: View(name=name, size=size, count=count, scale=scale, augment=augment)
     views = (
       view("target", self.rand_size, 1, self.rand_scale),
       view("rand", self.rand_size, self.rand_views, self.rand_scale),
@@ -117,8 +113,7 @@ class MSN(Method):
     return Inputs(views=tuple(v for v in views if v.count))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.rand_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.rand_size)
 
   # 2. Networks
 
@@ -128,8 +123,7 @@ class MSN(Method):
 
   @property
   def target_encoder(self) -> Encoder:
-    """The same tree without stochastic depth."""
-    return self.encoder.clone(backbone=self.model.clone(drop_path=0.0)) if getattr(self.model, "drop_path", 0) else self.encoder
+    return as_teacher(self.encoder)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     rng_encoder, rng_prototypes = jax.random.split(rng)
@@ -138,8 +132,7 @@ class MSN(Method):
     prototypes = jax.random.uniform(rng_prototypes, (self.num_prototypes, self.output_dim), minval=-bound, maxval=bound)
     params = {"encoder": variables["params"], "prototypes": prototypes}
     stats = variables.get("batch_stats", {})
-    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
-    return params, {"teacher": copy(variables["params"]), "batch_stats": stats, "teacher_batch_stats": copy(stats)}
+    return params, {"teacher": copy_tree(variables["params"]), "batch_stats": stats, "teacher_batch_stats": copy_tree(stats)}
 
   # 3. Loss
 
@@ -148,12 +141,12 @@ class MSN(Method):
     stats, anchors = extra["batch_stats"], []
     rng_mask, rng_rand, rng_focal = jax.random.split(rng, 3)
     if self.rand_views:
-      images = view_major(batch["rand"])  # [R*B, H, W, C]
+      images = crop_major(batch["rand"])  # [R*B, H, W, C]
       keep = self.keep_patches(rng_mask, images)
       z, stats = self._project(params["encoder"], stats, images, rng_rand, keep)
       anchors.append(z)
     if self.focal_views:
-      z, stats = self._project(params["encoder"], stats, view_major(batch["focal"]), rng_focal, None)
+      z, stats = self._project(params["encoder"], stats, crop_major(batch["focal"]), rng_focal, None)
       anchors.append(z)
     z = jnp.concatenate(anchors)
 
@@ -227,8 +220,3 @@ class MSN(Method):
       Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False),
       Rule(pattern=r".*"),
     )
-
-
-def view_major(views: Array) -> Array:
-  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1."""
-  return jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:])

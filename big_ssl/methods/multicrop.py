@@ -11,9 +11,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core.method import Inputs, View
 from big_ssl.core.types import Array, Extra, Params, PyTree, UserError
+from big_ssl.methods.parts import center_view, check_channels, check_patches, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode, encode_crops
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops.normalize import l2_normalize
@@ -63,13 +64,8 @@ class MultiCrop:
       raise UserError(
         f"config.method.large_crops={self.large_crops}, small_crops={self.small_crops}: at least one large crop and two crops in all are needed."
       )
-    channels = self.image_channels
-    if len(self.mean) != channels or len(self.std) != channels:
-      raise UserError(f"config.method.mean={self.mean}, std={self.std}: the images have {channels} channels, give as many values.")
-    patch = getattr(self.model, "patch", None)
-    for name in ("large_size", "small_size"):
-      if isinstance(patch, int) and getattr(self, name) % patch:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: must be a multiple of config.model.patch={patch}.")
+    check_channels(self)
+    check_patches(self, "large_size", "small_size")
 
   @property
   def num_crops(self) -> int:
@@ -81,15 +77,14 @@ class MultiCrop:
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
       Grayscale(p=self.gray),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
-      Normalize(mean=self.mean, std=self.std),
+      *normalize(self),
     )
     large = View(name="large", size=self.large_size, count=self.large_crops, scale=self.large_scale, augment=augment)
     small = View(name="small", size=self.small_size, count=self.small_crops, scale=self.small_scale, augment=augment)
     return Inputs(views=(large, small) if self.small_crops else (large,))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.large_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.large_size)
 
   @property
   def encoder(self) -> Encoder:
@@ -115,7 +110,7 @@ class MultiCrop:
 def init_prototypes(rng: Array, counts: tuple[int, ...], *, dim: int) -> dict[str, Array]:
   """Unit rows [K, D] per head, "head0", "head1", ...: torch's initialization of a linear layer, normalised."""
   bound = dim**-0.5
-  draw = lambda i, count: jax.random.uniform(jax.random.fold_in(rng, i), (count, dim), minval=-bound, maxval=bound)  # noqa: E731
+  draw = lambda i, count: jax.random.uniform(jax.random.fold_in(rng, i), (count, dim), minval=-bound, maxval=bound)
   return {f"head{i}": l2_normalize(draw(i, count)) for i, count in enumerate(counts)}
 
 

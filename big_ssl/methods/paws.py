@@ -19,12 +19,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, Equalize, GaussianBlur, Grayscale, Normalize, Solarize
+from big_ssl.augment.photometric import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  ColorJitter,
+  Equalize,
+  GaussianBlur,
+  Grayscale,
+  Solarize,
+)
 from big_ssl.core import health
-from big_ssl.core.method import Augment, ClassBalanced, Inputs, Method, View
+from big_ssl.core.method import ClassBalanced, Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import semi
-from big_ssl.models.encoder import Encoder, encode
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
+from big_ssl.models.encoder import Encoder, crop_major, encode
 from big_ssl.models.heads import BottleneckPredictor, ProjectionHead
 from big_ssl.ops.sharded import over_devices
 
@@ -90,8 +99,7 @@ class PAWS(Method):
     check_support(self)
     if self.label_smoothing == 0 and self.temperature < 0.02:
       raise UserError(f"config.method.temperature={self.temperature}: without config.method.label_smoothing probabilities underflow; use 0.02 or more.")
-    if self.small_views < 0:
-      raise UserError(f"config.method.small_views={self.small_views}: expected 0 or more.")
+    check_least(self, small_views=0)
 
   # 1. Streams and views
 
@@ -103,9 +111,9 @@ class PAWS(Method):
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
       Solarize(p=self.solarize, threshold=(0.0, 1.0)),
       Equalize(p=self.equalize),
-      *self._normalize,
+      *normalize(self),
     )
-    big = lambda count: View(name="big", size=self.big_size, count=count, scale=self.big_scale, augment=augment)  # noqa: E731
+    big = lambda count: View(name="big", size=self.big_size, count=count, scale=self.big_scale, augment=augment)
     small = View(name="small", size=self.small_size, count=self.small_views, scale=self.small_scale, augment=augment)
     return {
       "unlabeled": Inputs(views=(big(2), small) if self.small_views else (big(2),)),
@@ -113,11 +121,7 @@ class PAWS(Method):
     }
 
   def eval_view(self) -> View:
-    return View(name="image", size=self.big_size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=self._normalize)
-
-  @property
-  def _normalize(self) -> tuple[Augment, ...]:
-    return (Normalize(mean=self.mean, std=self.std),) if self.mean else ()
+    return center_view(self, size=self.big_size)
 
   # 2. Networks
 
@@ -133,13 +137,13 @@ class PAWS(Method):
     # 3.1 Supports and big views are one batch, small views another: h before the prediction head, z after it.
     unlabeled, support = batch["unlabeled"], batch["support"]
     rng_big, rng_small = jax.random.split(rng)
-    images = jnp.concatenate([view_major(support["big"]), view_major(unlabeled["big"])])  # [V*S + 2*B, H, W, C]
+    images = jnp.concatenate([crop_major(support["big"]), crop_major(unlabeled["big"])])  # [V*S + 2*B, H, W, C]
     big, stats = embed(self, params, extra["batch_stats"], over_devices(images), train=True, rng=rng_big)
     supports = support["label"].shape[0] * self.support_views
     z, h = big["prediction"], big["projection"]
     z_support, h_support, z, h = z[:supports], h[:supports], z[supports:], h[supports:]
     if self.small_views:
-      images = over_devices(view_major(unlabeled["small"]))  # [M*B, h, w, C]
+      images = over_devices(crop_major(unlabeled["small"]))  # [M*B, h, w, C]
       small, stats = embed(self, params, stats, images, train=True, rng=rng_small)
       z = jnp.concatenate([z, small["prediction"]])  # [(2+M)*B, D]
 
@@ -186,11 +190,9 @@ def check_support(method: Method) -> None:
     raise UserError(f"{name}.classes_per_step={method.classes_per_step}: the support needs at least 2 classes, one says nothing.")
   if method.num_classes and method.classes_per_step > method.num_classes:
     raise UserError(f"{name}.classes_per_step={method.classes_per_step}: the training data has {method.num_classes} classes.")
-  for field in ("images_per_class", "support_views"):
-    if getattr(method, field) < 1:
-      raise UserError(f"{name}.{field}={getattr(method, field)}: expected at least 1.")
-  if method.temperature <= 0:
-    raise UserError(f"{name}.temperature={method.temperature}: expected a positive number.")
+  check_least(method, images_per_class=1, support_views=1)
+  check_positive(method, "temperature")
+  check_channels(method)
   if not 0 <= method.label_smoothing < 1:
     raise UserError(f"{name}.label_smoothing={method.label_smoothing}: expected a share in [0, 1).")
   if method.prediction_head and method.output_dim % 4:
@@ -239,8 +241,3 @@ def paws_rules() -> tuple[Rule, ...]:
     Rule(pattern=r"(bias|scale)$", weight_decay=0.0, trust_ratio=False),
     Rule(pattern=r".*"),
   )
-
-
-def view_major(views: Array) -> Array:
-  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1."""
-  return jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:])

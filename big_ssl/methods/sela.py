@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Extract, Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, TrainState, UserError
 from big_ssl.losses import classify
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
 from big_ssl.models.alexnet import AlexNet
 from big_ssl.models.conv_probe import ALEXNET_POOLS, probe_features
 from big_ssl.models.encoder import Encoder, encode
@@ -88,16 +89,9 @@ class SeLa(Method):
   supports_accumulation = True
 
   def __post_init__(self):
-    for name, least in {"num_clusters": 2, "num_heads": 1, "solves": 0, "max_sweeps": 1, "rotation_weight": 0}.items():
-      if getattr(self, name) < least:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected at least {least}.")
-    for name in ("sharpness", "tolerance", "solve_power"):
-      if getattr(self, name) <= 0:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a positive number.")
-    if len(self.mean) != self.image_channels or len(self.std) != self.image_channels:
-      raise UserError(
-        f"config.method.mean={self.mean}, std={self.std}: the images have {self.image_channels} channels, give as many values."
-      )
+    check_least(self, num_clusters=2, num_heads=1, solves=0, max_sweeps=1, rotation_weight=0)
+    check_positive(self, "sharpness", "tolerance", "solve_power")
+    check_channels(self)
 
   # 1. One view, for training and for labels
 
@@ -107,13 +101,12 @@ class SeLa(Method):
     augment = (
       *(color[::-1] if self.gray_first else color),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
-      Normalize(mean=self.mean, std=self.std),
+      *normalize(self),
     )
     return Inputs(views=(View(name="crop", size=self.size, scale=self.scale, augment=augment),))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   # 2. Network and labels
 

@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from big_ssl.core.method import Method
-from big_ssl.core.types import Array, Extra, Interval, Params, Rule, TrainState, UserError
+from big_ssl.core.types import Array, Extra, Interval, Params, Rule, TrainState
 from big_ssl.methods.cluster_memory import Clustering, ClusterMemory
 from big_ssl.methods.multicrop import init_prototypes, scores, unit_prototypes
+from big_ssl.methods.parts import check_positive
 from big_ssl.ops.transport import equipartition
 
 
@@ -44,9 +45,7 @@ class SeLaV2(ClusterMemory, Method):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("epsilon", "tolerance", "max_sweeps"):
-      if getattr(self, name) <= 0:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a positive number.")
+    check_positive(self, "epsilon", "tolerance", "max_sweeps")
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     rng_encoder, rng_prototypes = jax.random.split(rng)

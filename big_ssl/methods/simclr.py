@@ -15,12 +15,13 @@ import dataclasses
 
 import jax
 
-from big_ssl.augment.photometric import ColorJitter, GaussianBlur, Grayscale, Normalize
+from big_ssl.augment.photometric import ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule
 from big_ssl.losses import contrastive
-from big_ssl.models.encoder import Encoder, encode
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
+from big_ssl.models.encoder import Encoder, crop_major, encode
 from big_ssl.models.heads import ProjectionHead
 
 
@@ -57,14 +58,9 @@ class SimCLR(Method):
   accumulation_reason = "every view is a negative of every other in the batch"
 
   def __post_init__(self):
-    if self.temperature <= 0:
-      raise UserError(f"config.method.temperature={self.temperature}: expected a positive number.")
-    if self.head_layers < 1:
-      raise UserError(f"config.method.head_layers={self.head_layers}: at least 1 is needed.")
-
-  @property
-  def _normalize(self) -> tuple[Normalize, ...]:
-    return (Normalize(mean=self.mean, std=self.std),) if self.mean else ()
+    check_positive(self, "temperature")
+    check_least(self, head_layers=1)
+    check_channels(self)
 
   def inputs(self) -> Inputs:
     s = self.color_strength
@@ -72,15 +68,13 @@ class SimCLR(Method):
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8, style=self.jitter),
       Grayscale(p=0.2),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
-      *self._normalize,
+      *normalize(self),
     )
     view = View(name="views", size=self.size, count=2, scale=self.scale, interpolation="bicubic", augment=augment)
     return Inputs(views=(view,))
 
   def eval_view(self) -> View:
-    return View(
-      name="image", size=self.size, crop="center", flip=0.0, interpolation="bicubic", center_fraction=self.eval_fraction, augment=self._normalize
-    )
+    return center_view(self, size=self.size, interpolation="bicubic")
 
   @property
   def encoder(self) -> Encoder:
@@ -94,8 +88,7 @@ class SimCLR(Method):
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     del step
-    views = batch["views"]  # [B, 2, H, W, C]
-    images = views.swapaxes(0, 1).reshape(-1, *views.shape[2:])  # [2B, H, W, C], view-major
+    images = crop_major(batch["views"])  # [2B, H, W, C]
     encoded = encode(self.encoder, params["encoder"], extra["batch_stats"], images, train=True, rng=rng)
     z = encoded.out["projection"]  # [2B, D]
     out = contrastive.nt_xent(z, temperature=self.temperature, loss_scale=self.loss_scale)

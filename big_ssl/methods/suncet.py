@@ -13,12 +13,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from big_ssl.augment.photometric import CIFAR_MEAN, CIFAR_STD, Normalize
+from big_ssl.augment.photometric import CIFAR_MEAN, CIFAR_STD
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import semi
 from big_ssl.methods import paws
+from big_ssl.methods.parts import center_view
+from big_ssl.models.encoder import crop_major
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +70,14 @@ class SuNCEt(Method):
     return Inputs(views=(view,), keys=("label",), sampler=paws.support_sampler(self))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),) if self.mean else ()
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     return paws.init_networks(self, rng, batch["big"][:, 0])
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     del step
-    images = paws.view_major(batch["big"])  # [V*S, H, W, C]
+    images = crop_major(batch["big"])  # [V*S, H, W, C]
     out, stats = paws.embed(self, params, extra["batch_stats"], images, train=not self.fixed_statistics, rng=rng)
     columns = jnp.unique(batch["label"], size=self.classes_per_step, fill_value=-1)
     y = semi.label_matrix(jnp.tile(batch["label"], self.support_views), columns=columns, smoothing=self.label_smoothing)

@@ -10,11 +10,12 @@ import dataclasses
 
 import jax
 
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, Normalize
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
 from big_ssl.losses import classify
+from big_ssl.methods.parts import center_view, check_channels, normalize
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import Linear
 
@@ -40,15 +41,17 @@ class Supervised(Method):
 
   supports_accumulation = True
 
+  def __post_init__(self):
+    check_channels(self)
+
   def inputs(self) -> Inputs:
     s = self.color_strength
     jitter = (ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),) if s else ()
-    view = View(name="crop", size=self.size, scale=self.scale, augment=(*jitter, Normalize(mean=self.mean, std=self.std)))
+    view = View(name="crop", size=self.size, scale=self.scale, augment=(*jitter, *normalize(self)))
     return Inputs(views=(view,), keys=("label",))
 
   def eval_view(self) -> View:
-    normalize = (Normalize(mean=self.mean, std=self.std),)
-    return View(name="image", size=self.size, crop="center", flip=0.0, center_fraction=self.eval_fraction, augment=normalize)
+    return center_view(self, size=self.size)
 
   @property
   def encoder(self) -> Encoder:

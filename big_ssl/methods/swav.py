@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from big_ssl.core import health
 from big_ssl.core.method import Method
-from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule
 from big_ssl.losses import cluster
 from big_ssl.methods.multicrop import MultiCrop, check_prototypes, init_prototypes, scores, unit_prototypes
+from big_ssl.methods.parts import check_least, check_positive
 from big_ssl.ops import queue as queue_lib
 
 
@@ -54,11 +55,8 @@ class SwAV(MultiCrop, Method):
   def __post_init__(self):
     super().__post_init__()
     check_prototypes(self.num_prototypes)
-    for name in ("temperature", "epsilon"):
-      if getattr(self, name) <= 0:
-        raise UserError(f"config.method.{name}={getattr(self, name)}: expected a positive number.")
-    if self.sinkhorn_iterations < 1:
-      raise UserError(f"config.method.sinkhorn_iterations={self.sinkhorn_iterations}: at least 1 is needed.")
+    check_positive(self, "temperature", "epsilon")
+    check_least(self, sinkhorn_iterations=1)
     if self.queue_size:
       queue_lib.check_length(self.queue_size, batch_size=self.batch_size, path="config.method.queue_size")
 

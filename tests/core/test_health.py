@@ -132,7 +132,7 @@ def test_the_first_nonfinite_tensor_is_found():
 
 def test_numbers_are_the_same_on_eight_devices():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-  put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))  # noqa: E731
+  put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
   one, many = measure(healthy_embedding(), healthy_targets()), measure(put(healthy_embedding()), put(healthy_targets()))
   assert one == pytest.approx(many, rel=1e-5)
   tree = {"a": put(np.ones(16, np.float32)), "b": put(np.full(16, np.nan, np.float32))}

@@ -253,7 +253,7 @@ def test_resume_leaves_the_file_as_if_never_interrupted(tmp_path):
     f.write('{"step": 8, "lo')
   go(cut, 4, 10)
   speed = ("images_per_sec", "data_wait_fraction")
-  strip = lambda workdir: [{k: v for k, v in row.items() if k not in speed} for row in rows(workdir)]  # noqa: E731
+  strip = lambda workdir: [{k: v for k, v in row.items() if k not in speed} for row in rows(workdir)]
   assert strip(cut) == strip(whole)
   assert [p.name for p in cut.iterdir()] == ["metrics.jsonl"]
 

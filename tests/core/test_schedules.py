@@ -90,8 +90,8 @@ def test_dino_teacher_temperature_matches_the_reference(case):
 
 
 def test_byol_curves_match_the_reference():
-  lr = lambda i, xp: schedules.warmup_cosine(i, start=0.0, peak=3.2, final=0.0, warmup=100, total=1000, xp=xp)  # noqa: E731
-  tau = lambda i, xp: schedules.cosine(i, start=0.996, final=1.0, total=1000, xp=xp)  # noqa: E731
+  lr = lambda i, xp: schedules.warmup_cosine(i, start=0.0, peak=3.2, final=0.0, warmup=100, total=1000, xp=xp)
+  tau = lambda i, xp: schedules.cosine(i, start=0.996, final=1.0, total=1000, xp=xp)
   for curve, name in ((lr, "learning_rate"), (tau, "tau")):
     traced = jax.vmap(lambda i, curve=curve: curve(i, jnp))(jnp.asarray(BYOL["step"]))
     # The reference is float32 and cancels in 1 + cos: at step 999 it is off by 2e-8, 6e-9 of the peak.

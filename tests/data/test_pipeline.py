@@ -106,7 +106,7 @@ def test_the_spec_is_what_a_batch_looks_like(folder):
         for sampler in ({}, {"sampler": Sequential()}):
           keys = {"keys": ("label",)} if data.labels is not None else {}
           pipeline = make(data, crop=crop, views=views, **sampler, **keys)
-          shapes = lambda b: {k: (v.shape, v.dtype) for k, v in b.items()}  # noqa: E731
+          shapes = lambda b: {k: (v.shape, v.dtype) for k, v in b.items()}
           assert shapes(pipeline.spec()) == shapes(pipeline.batch(0))
 
 

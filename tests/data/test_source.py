@@ -115,7 +115,7 @@ def test_a_link_back_into_the_folder_ends(tmp_path):
 def test_a_cls_file_is_the_label_of_a_tar(tmp_path):
   save(tmp_path / "d" / "x.png")
   save(tmp_path / "d" / "y.png")
-  number = lambda **kinds: {f"{k}.cls": v for k, v in kinds.items()}  # noqa: E731
+  number = lambda **kinds: {f"{k}.cls": v for k, v in kinds.items()}
   for i in range(2):
     archive(tmp_path / "d", tmp_path / f"s-{i}.tar", extra=number(x=b"300", y=b"%d\n" % i) | {"._x.png": b"junk"})
   found = opened(tmp_path / "s-*.tar")["train"]
@@ -154,7 +154,7 @@ def test_eval_examples_caps_the_evaluation_and_keeps_the_extras():
 
 
 def test_npz_splits_are_read(tmp_path):
-  images = lambda n: np.zeros((n, 2, 2, 3), np.uint8)  # noqa: E731
+  images = lambda n: np.zeros((n, 2, 2, 3), np.uint8)
   np.savez(
     tmp_path / "x.npz",
     x_train=images(5),

@@ -63,8 +63,8 @@ def test_mask_box_and_caption_tell_where_and_what_the_object_is(world):
 
 
 def test_neither_raw_pixels_nor_colors_give_the_class_away(world, held_out):
-  flat = lambda w: w.image.reshape(len(w.image), -1).astype(np.float32)  # noqa: E731
-  colors = lambda w: np.concatenate([w.image.mean((1, 2)), w.image.std((1, 2))], 1)  # noqa: E731
+  flat = lambda w: w.image.reshape(len(w.image), -1).astype(np.float32)
+  colors = lambda w: np.concatenate([w.image.mean((1, 2)), w.image.std((1, 2))], 1)
   pixels = knn(flat(world), world.label, flat(held_out), held_out.label)
   color = knn(colors(world), world.label, colors(held_out), held_out.label)
   assert pixels <= 0.25, pixels

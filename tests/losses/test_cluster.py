@@ -124,7 +124,7 @@ def test_deepcluster_v2_loss_is_the_official_one(golden):
     for h in range(len(c["heads"])):
       scores = jnp.asarray(z[f"iter{i}/scores{h}"])
       rows = jnp.tile(labels[h], crops)
-      loss = lambda s, rows=rows: cluster.labeled_cross_entropy(s / c["temperature"], labels=rows) / len(c["heads"])  # noqa: E731
+      loss = lambda s, rows=rows: cluster.labeled_cross_entropy(s / c["temperature"], labels=rows) / len(c["heads"])
       value, grad = jax.value_and_grad(loss)(scores)
       np.testing.assert_allclose(grad, z[f"iter{i}/grad_scores{h}"], atol=1e-5)
       total += value

@@ -122,7 +122,7 @@ def test_msn_loss_is_the_same_on_eight_devices():
   anchors, targets = (rng.normal(size=(n, 8)).astype(np.float32) for n in (48, 16))
   fn = jax.jit(jax.value_and_grad(lambda a, q, h: msn(a, q, h, sinkhorn=True).total, argnums=(0, 1)))
   one = fn(anchors, MSN["prototypes"], targets)
-  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   many = fn(put(anchors, P("data")), put(MSN["prototypes"], P()), put(targets, P("data")))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, many)
 

@@ -19,9 +19,9 @@ def load(z):
   """Logits, cosines, teacher cosines [B, ., .] and positions [B, M], image-major over all devices."""
   devices, batch = z["q0_target_grid"].shape[:2]
   views = z["focal_target_grids"].shape[1]
-  focal = lambda name: rows(z[f"{name}"], devices, batch, views)  # noqa: E731
-  query = lambda name: z[name].reshape(devices * batch, -1, z[name].shape[-1])  # noqa: E731
-  both = lambda prefix, kind: jnp.concatenate([query(f"{prefix}q0_{kind}"), focal(f"{prefix}focal_{kind}")], axis=1)  # noqa: E731
+  focal = lambda name: rows(z[f"{name}"], devices, batch, views)
+  query = lambda name: z[name].reshape(devices * batch, -1, z[name].shape[-1])
+  both = lambda prefix, kind: jnp.concatenate([query(f"{prefix}q0_{kind}"), focal(f"{prefix}focal_{kind}")], axis=1)
   q0 = z["q0_target_grid"].reshape(devices * batch, -1)[:, z["q0_kept_tokens"]]
   targets = z["focal_target_grids"]  # [devices, views, batch, h, w]
   targets = np.moveaxis(targets, 1, 2).reshape(devices * batch, -1)
@@ -106,7 +106,7 @@ def test_a_batch_without_any_valid_patch_costs_nothing(random_case):
 def test_a_dead_prototype_keeps_loss_and_gradient_finite(random_case):
   _, cosines, teacher, y = random_case
   dead = cosines.at[..., 2].set(-200.0)
-  loss = lambda x: location.patch_cluster_loss(x, teacher, y).memax  # noqa: E731
+  loss = lambda x: location.patch_cluster_loss(x, teacher, y).memax
   assert np.isfinite(loss(dead)) and np.isfinite(jax.grad(loss)(dead)).all()
 
 

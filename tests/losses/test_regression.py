@@ -14,7 +14,7 @@ from big_ssl.losses.regression import normalized_mse
 def test_the_two_terms_and_their_gradients_match_the_reference(golden, devices):
   z = golden("byol_loss")
   mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-  put = lambda name: jax.device_put(z[name], NamedSharding(mesh, P("data")))  # noqa: E731
+  put = lambda name: jax.device_put(z[name], NamedSharding(mesh, P("data")))
 
   def loss(p1, p2, t1, t2):
     return normalized_mse(p1, targets=t2) + normalized_mse(p2, targets=t1)

@@ -10,7 +10,7 @@ from big_ssl.losses.semi import label_matrix, paws_loss, soft_neighbors, suncet_
 
 
 def recorded(z, memax_weight, anchors=None, anchor_supports=None, targets=None, target_supports=None):
-  given = lambda x, name: z[name] if x is None else x  # noqa: E731
+  given = lambda x, name: z[name] if x is None else x
   return paws_loss(
     given(anchors, "anchor_views"),
     given(anchor_supports, "anchor_supports"),
@@ -31,7 +31,7 @@ def test_paws_terms_and_gradients_are_the_recorded_ones(golden, name, weight):
   np.testing.assert_allclose(out.total - out.ce, z[f"{name}/memax_loss"], rtol=1e-5)
   np.testing.assert_allclose(out.probabilities, z["anchor_probs"], atol=1e-5)
   np.testing.assert_allclose(out.targets, z["targets"], atol=1e-5)
-  total = lambda a, s: recorded(z, weight, anchors=a, anchor_supports=s).total  # noqa: E731
+  total = lambda a, s: recorded(z, weight, anchors=a, anchor_supports=s).total
   to_views, to_supports = jax.grad(total, argnums=(0, 1))(z["anchor_views"], z["anchor_supports"])
   np.testing.assert_allclose(to_views, z[f"{name}/grad_anchor_views"], atol=1e-5)
   np.testing.assert_allclose(to_supports, z[f"{name}/grad_anchor_supports"], atol=1e-5)
@@ -46,7 +46,7 @@ def test_paws_gives_the_side_of_the_targets_no_gradient_and_the_anchors_side_som
 
 def test_swapping_the_two_big_views_of_every_image_leaves_the_loss(golden):
   z, b = golden("paws_loss"), 5
-  swap = lambda x: np.concatenate([x[b : 2 * b], x[:b], x[2 * b :]])  # noqa: E731
+  swap = lambda x: np.concatenate([x[b : 2 * b], x[:b], x[2 * b :]])
   swapped = recorded(z, 1.0, anchors=swap(z["anchor_views"]), targets=swap(z["target_views_unswapped"]))
   np.testing.assert_allclose(swapped.total, recorded(z, 1.0).total, rtol=1e-6)
 
@@ -73,7 +73,7 @@ def test_targets_below_the_floor_are_zero_and_the_rest_is_not_renormalized():
 
 def test_without_smoothing_loss_and_gradient_stay_finite_where_a_probability_underflows():
   h = jnp.eye(4)
-  loss = lambda x: paws_loss(x, -x, x, -x, labels=jnp.eye(4), temperature=1e-3, sharpen=0.25).total  # noqa: E731
+  loss = lambda x: paws_loss(x, -x, x, -x, labels=jnp.eye(4), temperature=1e-3, sharpen=0.25).total
   value, grad = jax.value_and_grad(loss)(h)
   assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -120,7 +120,7 @@ def test_rows_of_the_same_classes_on_two_devices_sum_to_one(golden):
 
 def test_suncet_loss_and_gradient_are_the_recorded_ones(golden):
   z = golden("paws_suncet_loss")
-  loss = lambda x: suncet_loss(x, labels=z["labels"], temperature=float(z["tau"])).loss  # noqa: E731
+  loss = lambda x: suncet_loss(x, labels=z["labels"], temperature=float(z["tau"])).loss
   value, grad = jax.value_and_grad(loss)(z["embeddings"])
   np.testing.assert_allclose(value, z["loss"], rtol=1e-5)
   np.testing.assert_allclose(grad, z["grad_embeddings"], atol=1e-5)

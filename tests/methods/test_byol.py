@@ -104,7 +104,7 @@ def test_the_predictor_is_online_only_and_the_target_starts_on_its_own_or_as_a_c
 
 def test_the_classifier_learns_and_leaves_the_encoder_alone(tiny):
   method, params, extra, batch = tiny
-  grad = lambda m, p: jax.jit(jax.grad(lambda p: m.loss(p, extra, batch, jax.random.key(0), jnp.int32(0))[0]))(p)  # noqa: E731
+  grad = lambda m, p: jax.jit(jax.grad(lambda p: m.loss(p, extra, batch, jax.random.key(0), jnp.int32(0))[0]))(p)
   with_it = grad(method, params)
   without = grad(method.replace(online_classifier=False), {"encoder": params["encoder"]})
   assert np.any(with_it["classifier"]["fc"]["kernel"])
@@ -120,7 +120,7 @@ def test_a_classifier_without_labels_is_a_clear_error():
 
 def test_the_two_views_are_blurred_and_solarized_unlike_and_cropped_by_clipping():
   one, two = make().inputs().views
-  p = lambda view: {type(a).__name__: a.p for a in view.augment if hasattr(a, "p")}  # noqa: E731
+  p = lambda view: {type(a).__name__: a.p for a in view.augment if hasattr(a, "p")}
   assert p(one) == {"ColorJitter": 0.8, "Grayscale": 0.2, "GaussianBlur": 1.0, "Solarize": 0.0}
   assert p(two) == {"ColorJitter": 0.8, "Grayscale": 0.2, "GaussianBlur": 0.1, "Solarize": 0.2}
   assert one.crop == two.crop == "clipped" and one.augment[0].style == "byol" and one.augment[2].radius(224) == 11

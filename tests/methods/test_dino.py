@@ -335,7 +335,7 @@ def verdict(metrics):
 def test_a_uniform_collapse_is_seen(tiny):
   method, params, extra, batch = tiny
   last = params["encoder"]["head"]["last_layer"]
-  flat = lambda tree: tree | {"head": tree["head"] | {"last_layer": last | {"v": jnp.ones_like(last["v"])}}}  # noqa: E731
+  flat = lambda tree: tree | {"head": tree["head"] | {"last_layer": last | {"v": jnp.ones_like(last["v"])}}}
   _, (_, metrics) = loss_of(method, {"encoder": flat(params["encoder"])}, extra | {"teacher": flat(extra["teacher"])}, batch)
   assert float(metrics["target_entropy"]) > 0.999 and float(metrics["kl"]) < 1e-4
   assert verdict(metrics).state == "collapsed" and "uniform collapse" in verdict(metrics).message

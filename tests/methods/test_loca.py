@@ -62,7 +62,7 @@ def test_the_network_is_that_of_the_public_code(golden):
   params = jax.tree.map(jnp.asarray, import_loca(under(z, "state/")))
   method = LOCA(model=vit(), num_prototypes=24, hidden_dim=40, output_dim=16, **SIZES)
   see = functools.partial(encode, method.encoder, params["encoder"], {}, train=False)
-  place = lambda x, r: method.position_head.apply({"params": params["position_head"]}, x, r)  # noqa: E731
+  place = lambda x, r: method.position_head.apply({"params": params["position_head"]}, x, r)
   close = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0)
   reference = see(jnp.asarray(z["input/reference"])).out
   close(reference["projection"], z["output/reference_cluster_logits"])
@@ -140,7 +140,7 @@ def replayed(z):
 
 
 def recorded_batch(z, step):
-  get = lambda name: z[f"step{step}/{name}"]  # noqa: E731
+  get = lambda name: z[f"step{step}/{name}"]
   rows = get("reference").shape[0]
   batch = {"reference": get("reference")[:, None], "query": get("query0")[:, None]}
   batch["focal"] = np.stack([get("query1"), get("query2")], axis=1)
@@ -237,7 +237,7 @@ def test_a_permutation_of_the_prototypes_of_both_networks_leaves_the_loss(tiny):
 
 def test_the_reference_branch_has_a_gradient_in_the_location_only_variant_alone(tiny):
   method, params, extra, batch = tiny
-  of_pixels = lambda m: jax.grad(lambda x: value(m, params, extra, batch | {"reference": x}))(batch["reference"])  # noqa: E731
+  of_pixels = lambda m: jax.grad(lambda x: value(m, params, extra, batch | {"reference": x}))(batch["reference"])
   assert not np.any(of_pixels(method)) and np.any(of_pixels(method.replace(cluster_loss=False)))
   assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(lambda e: value(method, params, e, batch))(extra)))
 
@@ -269,7 +269,7 @@ def test_queries_have_no_positions_in_the_location_only_variant(tiny):
   method, params, extra, batch = tiny
   method = method.replace(cluster_loss=False, reference_seqlen=16)  # the whole reference; its order is told by positions alone
   same = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if "pos_embed" in jax.tree_util.keystr(path) else x, params)
-  turned = lambda x: x.reshape(4, 2, 2, 4, 2, 4, 3)[:, :, ::-1].reshape(x.shape)  # noqa: E731  rows of patches of the focal queries
+  turned = lambda x: x.reshape(4, 2, 2, 4, 2, 4, 3)[:, :, ::-1].reshape(x.shape)
   swapped = batch | {"focal": turned(batch["focal"])}
   # Without positions a query is a set: its tokens move with its patches.
   @functools.partial(jax.jit, static_argnums=2)
@@ -284,7 +284,7 @@ def test_queries_have_no_positions_in_the_location_only_variant(tiny):
 def test_loss_groups_average_over_the_parts_of_the_batch(tiny):
   method, params, extra, batch = tiny
   method = method.replace(cluster_loss=False)  # nothing is shared by the parts then
-  part = lambda s: jax.tree.map(lambda x: x[s], batch)  # noqa: E731
+  part = lambda s: jax.tree.map(lambda x: x[s], batch)
   parts = [value(method, params, extra, part(s)) for s in (slice(None, 2), slice(2, None))]
   np.testing.assert_allclose(value(method.replace(loss_groups=2), params, extra, batch), np.mean(parts), rtol=1e-5)
 
@@ -305,7 +305,7 @@ def test_positions_come_from_the_boxes_and_flips_of_the_batch():
     for (top, left, h, w), flip in zip(boxes[name], flips[name], strict=True):
       rows = [top + np.floor((4 * i + 2.5) * h / side) for i in range(side // 4)]
       columns = [left + np.floor((4 * j + 2.5) * w / side) for j in range(side // 4)]
-      inside = lambda y, x: y0 <= y < y0 + height and x0 <= x < x0 + width  # noqa: E731
+      inside = lambda y, x: y0 <= y < y0 + height and x0 <= x < x0 + width
       grid = [int((y - y0 + 0.5) * 4 // height) * 4 + int((x - x0 + 0.5) * 4 // width) if inside(y, x) else -1 for y in rows for x in columns]
       wanted.append(np.array(grid).reshape(side // 4, -1)[:, :: -1 if flip else 1].ravel())
     assert np.array_equal(method.query_positions(batch, name)[0], np.concatenate(wanted)), name
@@ -315,7 +315,7 @@ def test_positions_come_from_the_boxes_and_flips_of_the_batch():
 def test_constant_features_are_called_a_collapse(tiny):
   method, params, extra, batch = tiny
   thresholds = health.HealthConfig()
-  judged = lambda p, e: health.judge(  # noqa: E731
+  judged = lambda p, e: health.judge(
     {k: float(v) for k, v in step_metrics(method, p, e, batch).items()}, thresholds=thresholds
   )
   assert judged(params, extra).state != "collapsed"

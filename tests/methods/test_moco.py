@@ -155,7 +155,7 @@ def test_the_key_encoder_averages_weights_with_last_updates_query_and_keeps_its_
 def test_symmetric_adds_both_directions_and_queues_the_keys_of_both_views():
   method = make(symmetric=True)
   params, extra, views = start(method)
-  loss = lambda m, v: m.loss(params, extra, {"views": v}, jax.random.key(0), jnp.int32(0))  # noqa: E731
+  loss = lambda m, v: m.loss(params, extra, {"views": v}, jax.random.key(0), jnp.int32(0))
   total, (after, _) = loss(method, views)
   one, (first, _) = loss(method.replace(symmetric=False), views)
   two, (second, _) = loss(method.replace(symmetric=False), views[:, ::-1])
@@ -166,7 +166,7 @@ def test_symmetric_adds_both_directions_and_queues_the_keys_of_both_views():
 
 
 def test_v1_is_gray_before_the_jitter_and_v2_after():
-  names = lambda m: [type(a).__name__ for a in m.inputs().views[0].augment]  # noqa: E731
+  names = lambda m: [type(a).__name__ for a in m.inputs().views[0].augment]
   assert names(make())[:2] == ["ColorJitter", "Grayscale"] and names(make(gray_first=True))[:2] == ["Grayscale", "ColorJitter"]
 
 

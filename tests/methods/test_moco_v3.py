@@ -151,7 +151,7 @@ def test_fixed_positions_are_added_to_patches_and_not_to_the_class_token(vit):
 
 def test_the_patch_projection_is_frozen_and_everything_else_decays(vit):
   method, params = vit
-  rules = lambda m: {t.path: t.rule for t in match_rules(params, m.param_rules(), batch_size=1, examples=1)}  # noqa: E731
+  rules = lambda m: {t.path: t.rule for t in match_rules(params, m.param_rules(), batch_size=1, examples=1)}
   for path, rule in rules(method).items():
     assert rule.weight_decay == 1
     assert (rule.lr_mult == 0) == path.startswith("encoder/backbone/patch_embed/"), path

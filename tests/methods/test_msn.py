@@ -57,7 +57,7 @@ def setup(z):
     sharpen_final=c["T"][1],
     temperature=c["tau"],
   )
-  state_of = lambda name: {k.removeprefix(f"{name}/"): v for k, v in z.items() if k.startswith(f"{name}/")}  # noqa: E731
+  state_of = lambda name: {k.removeprefix(f"{name}/"): v for k, v in z.items() if k.startswith(f"{name}/")}
   encoder = import_vit(state_of("state_initial/encoder"), heads=c["heads"])  # the target starts equal to it
   copy = Weights(*jax.tree.map(np.copy, (encoder.params, encoder.batch_stats)))
   params = {"encoder": encoder.params, "prototypes": z["state_initial/prototypes"]}

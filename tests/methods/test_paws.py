@@ -120,7 +120,7 @@ def test_each_step_is_the_same_on_several_devices(golden, replayed, devices):
   mesh = jax.make_mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
   whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
   # Four images and nine supports: what the devices do not divide arrives whole.
-  place = lambda x: jax.device_put(x, whole if len(x) % count else split)  # noqa: E731
+  place = lambda x: jax.device_put(x, whole if len(x) % count else split)
   with jax.set_mesh(mesh):
     step = make_step(method, optimizer)
     for i, (batch, before, after, _, wanted) in enumerate(replayed):
@@ -145,7 +145,7 @@ def test_the_optimizer_is_the_recorded_one(golden):
   ours |= {"bn1.weight": "bn1/scale", "bn1.bias": "bn1/bias", "conv1.weight": "conv1/kernel"}
   ours |= {"fc.fc1.weight": "fc1/kernel", "fc.fc1.bias": "fc1/bias", "zero.weight": "zero/kernel"}
   names = {k.removeprefix("param0/"): ours[k.removeprefix("param0/").removeprefix("layer1.0.")] for k in z if k.startswith("param0/")}
-  tree = lambda prefix: {ours: jnp.asarray(z[f"{prefix}/{name}"]) for name, ours in names.items()}  # noqa: E731
+  tree = lambda prefix: {ours: jnp.asarray(z[f"{prefix}/{name}"]) for name, ours in names.items()}
   params = tree("param0")
   velocity = {"momentum": jax.tree.map(jnp.zeros_like, params)}
   for i, lr in enumerate(z["lr"]):
@@ -167,7 +167,7 @@ def test_the_optimizer_is_the_recorded_one(golden):
 
 
 def test_of_a_resnet_the_shortcut_norms_alone_are_adapted_and_decayed():
-  rule = lambda path: next(r for r in paws_rules() if re.search(r.pattern, path))  # noqa: E731
+  rule = lambda path: next(r for r in paws_rules() if re.search(r.pattern, path))
   plain = {"encoder/backbone/layer1_0/bn1/scale", "encoder/head/bn1/bias", "encoder/backbone/layer1_0/downsample_bn/bias"}
   adapted = {"encoder/backbone/layer1_0/downsample_bn/scale", "encoder/backbone/conv1/kernel", "predictor/fc1/kernel"}
   assert all(not rule(p).trust_ratio and rule(p).weight_decay == 0 for p in plain | {"encoder/backbone/conv1/bias"})
@@ -176,7 +176,7 @@ def test_of_a_resnet_the_shortcut_norms_alone_are_adapted_and_decayed():
 
 def batch_of(images=4, classes=3, each=2, seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   return {
     "unlabeled": {"big": draw(images, 2, 16, 16, 3), "small": draw(images, 2, 8, 8, 3), "index": jnp.arange(images)},
     "support": {"big": draw(classes * each, 1, 16, 16, 3), "label": 5 + jnp.arange(classes * each) % classes, "index": jnp.arange(classes * each)},
@@ -233,7 +233,7 @@ def test_swapping_the_two_big_views_of_every_image_leaves_the_loss(tiny):
 
 def test_each_resolution_is_a_batch_of_its_own_in_every_norm(tiny):
   method, params, extra, batch = tiny
-  projections = lambda b: loss_of(method.replace(memax_weight=0.0), params, extra, b)[1][0]["batch_stats"]  # noqa: E731
+  projections = lambda b: loss_of(method.replace(memax_weight=0.0), params, extra, b)[1][0]["batch_stats"]
   shifted = batch["unlabeled"] | {"small": batch["unlabeled"]["small"] + 3.0}
   # The small views come last: the running mean moves with them, but what the big views were normalized by does not.
   with_small, without = projections(batch), projections(batch | {"unlabeled": shifted})

@@ -60,7 +60,7 @@ def test_labels_see_unit_prototypes_and_do_not_depend_on_the_devices(tiny):
 
 def test_transport_options_reach_the_solver(tiny):
   method, _, state = tiny
-  sweeps = lambda m: m.refresh(state, no_pass, jax.random.key(0))[1]["head0/sweeps"]  # noqa: E731
+  sweeps = lambda m: m.refresh(state, no_pass, jax.random.key(0))[1]["head0/sweeps"]
   assert sweeps(method.replace(max_sweeps=1)) == 1
   assert sweeps(method.replace(tolerance=1e-6, max_sweeps=500)) > sweeps(method)
   loose, _ = method.replace(epsilon=1.0).refresh(state, no_pass, jax.random.key(0))

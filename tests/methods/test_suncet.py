@@ -8,8 +8,9 @@ import pytest
 from big_ssl.core.health import HealthConfig, judge
 from big_ssl.core.types import UserError
 from big_ssl.losses.semi import label_matrix, suncet_loss
-from big_ssl.methods.paws import PAWS, embed, view_major
+from big_ssl.methods.paws import PAWS, embed
 from big_ssl.methods.suncet import SuNCEt
+from big_ssl.models.encoder import crop_major
 from big_ssl.models.wide_resnet import WideResNet
 
 
@@ -28,7 +29,7 @@ def loss_of(method, params, extra, batch):
 
 def test_the_loss_is_that_of_the_projections_of_all_views(tiny):
   method, params, extra, batch = tiny
-  z = embed(method, params, extra["batch_stats"], view_major(batch["big"]), train=False)[0]["projection"]
+  z = embed(method, params, extra["batch_stats"], crop_major(batch["big"]), train=False)[0]["projection"]
   labels = label_matrix(jnp.tile(batch["label"], 2), columns=jnp.array([2, 4, 7]), smoothing=0.1)
   wanted = suncet_loss(z, labels=labels, temperature=0.1).loss
   np.testing.assert_allclose(loss_of(method, params, extra, batch)[0], wanted, rtol=1e-6)

@@ -147,7 +147,7 @@ def test_the_official_training_loop_is_reproduced(golden, devices):
   @jax.jit
   def gradients(state, batch):
     state = state.replace(params=method.project(state.params))
-    loss = lambda p: method.loss(p, state.extra, batch, jax.random.key(0), state.step)  # noqa: E731
+    loss = lambda p: method.loss(p, state.extra, batch, jax.random.key(0), state.step)
     (total, (extra, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     return state, total, extra, grads, metrics
 

@@ -86,7 +86,7 @@ def test_only_the_last_batch_norm_replaces_its_statistics_at_once():
   images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
   variables = model.init(jax.random.key(1), images, train=False)
   after = model.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
-  share = lambda stats: float(np.mean(stats["var"]))  # noqa: E731
+  share = lambda stats: float(np.mean(stats["var"]))
   assert share(after["bn1"]) < 0.9 and share(after["layer1_0"]["bn1"]) > 0.9 - 1e-6
 
 
