@@ -237,7 +237,8 @@ def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh
   size = batch_size or inputs.batch_size or config.batch_size
   per_device = mesh.shape["data"] * mesh.shape["fsdp"]
   if size % per_device:
-    raise UserError(f"the {size} images of a batch of stream '{stream}' must be divisible by the {per_device} devices of the data and fsdp axes.")
+    field = "config.method.classes_per_step x images_per_class" if inputs.batch_size else "config.batch_size"
+    raise UserError(f"{field}={size}: must be divisible by the {per_device} devices of the data and fsdp axes.")
   largest = max(max(v.shape) for v in inputs.views)
   crop = config.data.crop
   if crop == "auto":

@@ -23,7 +23,9 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 def sprites() -> dict:
   """Embedded data; the ViT recipe with smaller heads, a shorter average and a larger learning rate; own choice of sizes."""
   return common.sprites_run() | dict(
-    method=dict(name="moco_v3", momentum=0.98, hidden_dim=256, output_dim=64, size=32, scale=(0.2, 1.0), blur=(0.5, 0.1), eval_fraction=1.0),
+    method=dict(
+      name="moco_v3", momentum=0.98, hidden_dim=256, output_dim=64, size=32, scale=(0.2, 1.0), blur=(0.5, 0.1), eval_fraction=1.0
+    ),
     model=common.sprites_vit(**_vit()),
     optim=dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0),
   )

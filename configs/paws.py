@@ -84,7 +84,7 @@ def cifar10() -> dict:
 
 
 def imagenet() -> dict:
-  """ResNet-50, 300 epochs, batch 4096 (64 GPUs of 64 images), 10 % of the labels: 73.1 soft nearest neighbours, 75.5 fine-tuned.
+  """ResNet-50, 300 epochs, batch 4096 (64 GPUs of 64 images), 10 % of the labels: 73.1 soft nearest neighbors, 75.5 fine-tuned.
 
   After 100 epochs 71.0 and 73.9, after 200 epochs 71.9 and 75.0 (official README). Support 960 classes x 7. 128 labels per
   class are drawn; for the public list of 128,116 images: --config.method.labels_file=LIST --config.method.labels_per_class=0
@@ -95,7 +95,7 @@ def imagenet() -> dict:
 
 
 def imagenet_1pct() -> dict:
-  """The same with 1 % of the labels, 13 per class: 64.2 soft nearest neighbours, 66.5 fine-tuned (the public list has 12,811).
+  """The same with 1 % of the labels, 13 per class: 64.2 soft nearest neighbors, 66.5 fine-tuned (the public list has 12,811).
 
   After 100 epochs 61.5 and 63.8, after 200 epochs 63.2 and 66.1 (official README).
   """

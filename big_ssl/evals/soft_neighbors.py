@@ -1,4 +1,4 @@
-"""Soft nearest-neighbour classification, the inference of PAWS (arXiv 2104.13963, section 5; snn_eval.py of the release)."""
+"""Soft nearest-neighbor classification, the inference of PAWS (arXiv 2104.13963, section 5; snn_eval.py of the release)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SoftNeighbors(Evaluator):
     output: "prediction" is after the prediction head, where the method has one.
     temperature: of the softmax.
     query_chunk: held-out images at a time.
-    baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
+    baselines: also report the same protocol on standardized raw pixels and on the random initialization.
   """
 
   output: str = "prediction"
@@ -41,7 +41,7 @@ class SoftNeighbors(Evaluator):
 
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
     del mesh  # every process computes all of it
-    metrics, protocol = {}, "soft nearest neighbours not computed: the data has no labels"
+    metrics, protocol = {}, "soft nearest neighbors not computed: the data has no labels"
     for pair in pairs(extract, output=self.output, baselines=self.baselines):
       bank = pair.train if pair.train.used_in_training is None else take(pair.train, pair.train.used_in_training)
       metrics |= self._score(pair, bank)
@@ -69,8 +69,8 @@ class SoftNeighbors(Evaluator):
   def _protocol(self, pair: Pair, bank: Features) -> str:
     source = f", {pair.held_out.source}" if pair.held_out.source else ""
     return (
-      f"soft nearest neighbours, cosine, T={self.temperature:g}, output '{self.output}'"
-      f" ({bank.features.shape[1]} dimensions, l2-normalised) of the evaluation view without augmentation, labels of"
+      f"soft nearest neighbors, cosine, T={self.temperature:g}, output '{self.output}'"
+      f" ({bank.features.shape[1]} dimensions, l2-normalized) of the evaluation view without augmentation, labels of"
       f" {len(bank.features)} of {len(pair.train.features)} training images,"
       f" {len(pair.held_out.features)} held-out queries{source}"
     )

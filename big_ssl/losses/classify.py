@@ -1,4 +1,4 @@
-"""Classification on integer labels."""
+"""Classification on integer labels, where -1 says that an image has none."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ def cross_entropy(logits: Array, *, labels: Array, label_smoothing: float = 0.0)
 
   Args:
     logits: [B, K], any float dtype; computed in float32.
-    labels: [B] integers in 0 ... K-1.
+    labels: [B] integers in 0 ... K-1; -1 is left out of the mean.
     label_smoothing: s in [0, 1).
 
   Returns:
     Scalar, in nats.
   """
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  hit = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
-  return -jnp.mean((1.0 - label_smoothing) * hit + label_smoothing * jnp.mean(log_p, axis=-1))
+  hit = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+  return -_mean_labeled((1.0 - label_smoothing) * hit + label_smoothing * jnp.mean(log_p, axis=-1), labels)
 
 
 def accuracy(logits: Array, *, labels: Array) -> Array:
-  """Share of rows whose largest logit is the label's, in [0, 1]; of equal logits the first counts."""
-  return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+  """Share of labeled rows whose largest logit is the label's, in [0, 1]; of equal logits the first counts."""
+  return _mean_labeled(jnp.argmax(logits, axis=-1) == labels, labels)
+
+
+def _mean_labeled(x: Array, labels: Array) -> Array:
+  """Mean of x [B] over the rows that have a label; 0 where none has."""
+  labeled = labels >= 0
+  return jnp.sum(jnp.where(labeled, x, 0.0)) / jnp.maximum(jnp.sum(labeled), 1)

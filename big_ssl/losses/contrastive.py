@@ -26,7 +26,7 @@ class NTXent:
 
 
 def nt_xent(z: Array, *, temperature: float | Array, loss_scale: float = 1.0) -> NTXent:
-  """The normalised temperature-scaled cross-entropy of SimCLR (arXiv 2002.05709, eq. 1).
+  """The normalized temperature-scaled cross-entropy of SimCLR (arXiv 2002.05709, eq. 1).
 
     l_i = logsumexp_{j != i} s_ij - s_{i,p(i)},   s_ij = cos(z_i, z_j) / temperature,   p(i) = (i + B) mod 2B
 

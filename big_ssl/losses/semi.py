@@ -32,7 +32,7 @@ def label_matrix(labels: Array, *, columns: Array, smoothing: float = 0.0) -> Ar
 
 
 def soft_neighbors(queries: Array, supports: Array, *, labels: Array, temperature: float | Array) -> Array:
-  """The soft nearest-neighbour classifier p = softmax(cos(q, S) / temperature) Y (PAWS, arXiv 2104.13963, section 3).
+  """The soft nearest-neighbor classifier p = softmax(cos(q, S) / temperature) Y (PAWS, arXiv 2104.13963, section 3).
 
   Args:
     queries: [Q, D], any length and float dtype.

@@ -7,7 +7,8 @@ target network gives to the other view; there are no negatives (section 3.1, eq.
 
 Facts where paper and released code differ follow the code: the two terms are added; the target starts from weights of its
 own; its batch normalization uses the statistics of its own batch, and running statistics are never averaged. The views
-pass one after the other, so that BN statistics are per view, over the global batch.
+pass one after the other, so that BN statistics are per view, over the global batch. Crops are resized as tf.image.resize
+does by default, without antialiasing. The backbones are torchvision's: where Haiku pads SAME, they pad symmetrically.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class BYOL(Method):
     momentum, momentum_final: tau, a cosine from the first to the second over training, without warm-up.
     own_target_init: the target starts from its own random weights; False copies the online ones.
     online_classifier: a linear classifier of the pooled features of view 1, which get no gradient from it, is trained
-      alongside by the same optimizer: a free metric where there are labels.
+      alongside by the same optimizer: a free metric where there are labels; images without one are left out of it.
     size, scale: of both views; width and height of a crop are clipped to the image.
     color_strength: factor on the jitter 0.4, 0.4, 0.2, 0.1 (brightness, contrast, saturation, hue).
     blur, solarize: probabilities for view 1 and view 2.
@@ -74,7 +75,7 @@ class BYOL(Method):
 
   def __post_init__(self):
     check_shares(self, "momentum", "momentum_final")
-    check_least(self, projector_layers=1, predictor_layers=0)
+    check_least(self, projector_layers=1, predictor_layers=0, hidden_dim=1, output_dim=1)
     check_channels(self)
 
   # 1. Views
@@ -96,10 +97,11 @@ class BYOL(Method):
       Solarize(p=solarize),
       *normalize(self),
     )
-    return View(name=name, size=self.size, crop="clipped", scale=self.scale, interpolation="bicubic", augment=augment)
+    options = dict(crop="clipped", scale=self.scale, interpolation="bicubic", antialias=False)
+    return View(name=name, size=self.size, augment=augment, **options)
 
   def eval_view(self) -> View:
-    return center_view(self, size=self.size, interpolation="bicubic")
+    return dataclasses.replace(center_view(self, size=self.size, interpolation="bicubic"), antialias=False)
 
   # 2. Networks
 

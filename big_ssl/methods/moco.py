@@ -37,7 +37,8 @@ class MoCo(Method):
   """MoCo; defaults are v2 on ImageNet. v1: head_layers=1, temperature=0.07, hue=0.4, jitter=1, blur=0, gray_first=True.
 
   Attributes:
-    queue_size: K, a multiple of the keys of a step: of the batch, or of two batches where symmetric.
+    queue_size: K, a multiple of the keys of a step: of the batch, or of two batches where symmetric; well below the number
+      of images, else an image meets its own older keys as negatives.
     temperature: T; 0.07 in v1, 0.2 in v2.
     momentum, momentum_final: m, a cosine from the first to the second; the papers keep 0.999.
     head_layers: 1 is v1's linear map to `output_dim`; 2 is v2's MLP with one hidden layer of `hidden_dim`; no BN.
@@ -83,7 +84,7 @@ class MoCo(Method):
       )
     check_positive(self, "temperature")
     check_shares(self, "momentum", "momentum_final")
-    check_least(self, head_layers=1)
+    check_least(self, head_layers=1, hidden_dim=1, output_dim=1)
     check_channels(self)
 
   # 1. Views

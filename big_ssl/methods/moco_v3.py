@@ -79,7 +79,7 @@ class MoCoV3(Method):
   def __post_init__(self):
     check_positive(self, "temperature")
     check_shares(self, "momentum", "momentum_final")
-    check_least(self, projector_layers=1, predictor_layers=0)
+    check_least(self, projector_layers=1, predictor_layers=0, hidden_dim=1, output_dim=1)
     check_channels(self)
 
   # 1. Views

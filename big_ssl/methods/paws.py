@@ -32,7 +32,7 @@ from big_ssl.core import health
 from big_ssl.core.method import ClassBalanced, Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import semi
-from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode
 from big_ssl.models.heads import BottleneckPredictor, ProjectionHead
 from big_ssl.ops.sharded import over_devices
@@ -98,8 +98,11 @@ class PAWS(Method):
   def __post_init__(self):
     check_support(self)
     if self.label_smoothing == 0 and self.temperature < 0.02:
-      raise UserError(f"config.method.temperature={self.temperature}: without config.method.label_smoothing probabilities underflow; use 0.02 or more.")
-    check_least(self, small_views=0)
+      field = f"config.method.temperature={self.temperature}"
+      raise UserError(f"{field}: without config.method.label_smoothing probabilities underflow; use 0.02 or more.")
+    check_positive(self, "sharpen")
+    check_shares(self, "target_floor")
+    check_least(self, small_views=0, memax_weight=0)
 
   # 1. Streams and views
 
@@ -190,7 +193,7 @@ def check_support(method: Method) -> None:
     raise UserError(f"{name}.classes_per_step={method.classes_per_step}: the support needs at least 2 classes, one says nothing.")
   if method.num_classes and method.classes_per_step > method.num_classes:
     raise UserError(f"{name}.classes_per_step={method.classes_per_step}: the training data has {method.num_classes} classes.")
-  check_least(method, images_per_class=1, support_views=1)
+  check_least(method, images_per_class=1, support_views=1, output_dim=1, hidden_dim=0)
   check_positive(method, "temperature")
   check_channels(method)
   if not 0 <= method.label_smoothing < 1:

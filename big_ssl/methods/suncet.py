@@ -33,7 +33,7 @@ class SuNCEt(Method):
     support_views: flipped views of each image.
     output_dim, hidden_dim, prediction_head: of the heads, as of PAWS.
     temperature: tau.
-    label_smoothing: s of the labels.
+    label_smoothing: s of the labels; the release fine-tunes without.
     fixed_statistics: BN normalizes by its running statistics, which stay: the release fine-tunes so. From fresh weights
       these say nothing; then use False.
     size: of the center crop.
@@ -51,7 +51,7 @@ class SuNCEt(Method):
   hidden_dim: int = 0
   prediction_head: bool = False
   temperature: float = 0.1
-  label_smoothing: float = 0.1
+  label_smoothing: float = 0.0
   fixed_statistics: bool = True
   size: int = 32
   mean: tuple[float, ...] = CIFAR_MEAN

@@ -169,18 +169,23 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-  """MSN's convolutional stem: 3x3 stride-2 convolutions with BN and ReLU, then 1x1 to the width.
+  """The convolutional stem of MSN and MoCo v3: 3x3 stride-2 convolutions with BN and ReLU, then 1x1 to the width.
 
   The stride of the whole is 2 ** len(channels).
+
+  Attributes:
+    init: "moco_v3" is torch's default; the others Kaiming normal over fan-in and a zero bias, as MSN.
   """
 
   width: int
   channels: tuple[int, ...]
+  init: str = "msn"
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
-    init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    torch = self.init == "moco_v3"
     for i, features in enumerate(self.channels):
       x = nn.Conv(
         features,
@@ -188,9 +193,11 @@ class ConvStem(nn.Module):
         strides=(2, 2),
         padding=1,
         use_bias=False,
-        kernel_init=init,
+        kernel_init=torch_uniform(9 * x.shape[-1]) if torch else kaiming,
         dtype=self.dtype,
         name=f"conv_{i}",
       )(x)
       x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn_{i}")(x, train=train))
-    return nn.Conv(self.width, (1, 1), kernel_init=init, dtype=self.dtype, name="project")(x)
+    uniform = torch_uniform(x.shape[-1])
+    inits = {"kernel_init": uniform, "bias_init": uniform} if torch else {"kernel_init": kaiming}
+    return nn.Conv(self.width, (1, 1), dtype=self.dtype, name="project", **inits)(x)

@@ -255,7 +255,7 @@ class ViT(Backbone):
         raise UserError(
           f"config.model.stem_channels={self.stem_channels}: a stride of {stride}, but config.model.patch={self.patch}."
         )
-      patches = ConvStem(width, self.stem_channels, self.dtype, name="patch_embed")(images, train=train)
+      patches = ConvStem(width, self.stem_channels, self.patch_init, self.dtype, name="patch_embed")(images, train=train)
     else:
       patches = PatchEmbed(width, self.patch, self.patch_init, self.dtype, name="patch_embed")(images)
     grid = patches.shape[1:3]

@@ -29,3 +29,13 @@ def test_cross_entropy_of_huge_bfloat16_logits_is_finite_and_in_float32():
 def test_accuracy_is_the_share_of_hits_and_the_first_of_equals_counts():
   logits = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [2.0, 2.0]])
   assert float(accuracy(logits, labels=jnp.asarray([0, 0, 0, 1]))) == 0.5
+
+
+def test_rows_without_a_label_are_left_out_and_get_no_gradient():
+  logits = jax.random.normal(jax.random.key(0), (4, 3))
+  labels, some = jnp.asarray([2, -1, 0, -1]), jnp.asarray([0, 2])
+  value, gradient = jax.value_and_grad(lambda x: cross_entropy(x, labels=labels, label_smoothing=0.1))(logits)
+  assert float(value) == pytest.approx(float(cross_entropy(logits[some], labels=labels[some], label_smoothing=0.1)), rel=1e-6)
+  assert not np.any(gradient[1::2]) and np.all(gradient[::2])
+  assert float(accuracy(logits, labels=labels)) == float(accuracy(logits[some], labels=labels[some]))
+  assert float(cross_entropy(logits, labels=jnp.full(4, -1))) == 0 == float(accuracy(logits, labels=jnp.full(4, -1)))

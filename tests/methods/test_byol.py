@@ -124,6 +124,8 @@ def test_the_two_views_are_blurred_and_solarized_unlike_and_cropped_by_clipping(
   assert p(one) == {"ColorJitter": 0.8, "Grayscale": 0.2, "GaussianBlur": 1.0, "Solarize": 0.0}
   assert p(two) == {"ColorJitter": 0.8, "Grayscale": 0.2, "GaussianBlur": 0.1, "Solarize": 0.2}
   assert one.crop == two.crop == "clipped" and one.augment[0].style == "byol" and one.augment[2].radius(224) == 11
+  views = (one, two, make().eval_view())
+  assert all(v.interpolation == "bicubic" and not v.antialias for v in views)  # tf.image.resize by default
 
 
 def train(method, steps=400, lr=0.2):
@@ -167,6 +169,7 @@ def test_a_planted_constant_embedding_is_called_collapsed(tiny):
     ("momentum_final", -0.1, "config.method.momentum_final=-0.1"),
     ("projector_layers", 0, "projector_layers=0"),
     ("predictor_layers", -1, "predictor_layers=-1"),
+    ("output_dim", 0, "output_dim=0"),
     ("mean", (0.5,), "3 channels"),
   ],
 )

@@ -165,6 +165,25 @@ def test_symmetric_adds_both_directions_and_queues_the_keys_of_both_views():
   assert int(after["queue_pointer"]) == 16
 
 
+def test_v1_has_one_linear_map_and_the_loss_of_its_equation():
+  method = make(head_layers=1, temperature=0.07)
+  params, extra, views = start(method)
+  assert set(params["encoder"]["head"]) == {"fc1"}
+  params = jax.tree.map(lambda x: x + 0.1, params)  # the key encoder has moved a hundredth of the way
+  loss, (after, metrics) = method.loss(params, extra, {"views": views}, jax.random.key(0), jnp.int32(0))
+
+  def embed(tree, x):
+    body, head = (jax.tree.map(lambda a: np.asarray(a, np.float64), tree[k]) for k in ("backbone", "head"))
+    hidden = np.maximum(np.asarray(x, np.float64) @ body["body"]["kernel"] + body["body"]["bias"], 0)
+    z = hidden @ head["fc1"]["kernel"] + head["fc1"]["bias"]
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+  q, k = embed(params["encoder"], views[:, 0]), embed(after["teacher"], views[:, 1])
+  logits = np.concatenate([np.sum(q * k, axis=1, keepdims=True), q @ np.asarray(extra["queue"], np.float64).T], axis=1) / 0.07
+  np.testing.assert_allclose(loss, np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0]), rtol=1e-5)
+  np.testing.assert_allclose(metrics["contrastive_accuracy"], np.mean(logits.argmax(1) == 0))
+
+
 def test_v1_is_gray_before_the_jitter_and_v2_after():
   names = lambda m: [type(a).__name__ for a in m.inputs().views[0].augment]
   assert names(make())[:2] == ["ColorJitter", "Grayscale"] and names(make(gray_first=True))[:2] == ["Grayscale", "ColorJitter"]
@@ -191,6 +210,7 @@ def test_a_planted_constant_embedding_is_called_collapsed():
     (dict(temperature=0.0), "config.method.temperature=0.0"),
     (dict(momentum=1.2), "config.method.momentum=1.2"),
     (dict(head_layers=0), "config.method.head_layers=0"),
+    (dict(output_dim=0), "config.method.output_dim=0"),
   ],
 )
 def test_impossible_options_are_clear_errors_before_the_first_step(changes, message):

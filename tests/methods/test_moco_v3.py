@@ -135,6 +135,18 @@ def test_the_vit_starts_as_released(vit):
   assert 3e-7 < np.std(p["cls_token"]) < 3e-6
 
 
+def test_the_convolutional_stem_starts_as_torchs_layers_and_nothing_of_it_is_frozen():
+  sizes = dict(variant="custom", width=64, depth=1, heads=2, mlp_dim=128, patch=4, image_size=16)
+  method = make(model=ViT(**sizes, stem_channels=(32, 64), patch_init="moco_v3", pos_table="sincos"))
+  params = method.init(jax.random.key(0), {"view1": jnp.zeros((2, 1, 16, 16, 3))})[0]
+  stem = params["encoder"]["backbone"]["patch_embed"]
+  for name, fan_in in (("conv_0", 27), ("conv_1", 288), ("project", 64)):
+    for kind, value in stem[name].items():
+      assert 0.85 * fan_in**-0.5 < np.abs(value).max() <= fan_in**-0.5, (name, kind)
+  tensors = match_rules(params, method.param_rules(), batch_size=1, examples=1)
+  assert all(t.rule.lr_mult == 1 for t in tensors)
+
+
 def test_fixed_positions_are_added_to_patches_and_not_to_the_class_token(vit):
   method, params = vit
   p = jax.tree.map(jnp.zeros_like, params["encoder"]["backbone"])
@@ -174,7 +186,15 @@ def test_a_planted_constant_embedding_is_called_collapsed(tiny):
 
 @pytest.mark.parametrize(
   "field,value",
-  [("temperature", 0.0), ("momentum", 1.5), ("momentum_final", -1.0), ("projector_layers", 0), ("predictor_layers", -1), ("mean", (0.5,))],
+  [
+    ("temperature", 0.0),
+    ("momentum", 1.5),
+    ("momentum_final", -1.0),
+    ("projector_layers", 0),
+    ("predictor_layers", -1),
+    ("hidden_dim", 0),
+    ("mean", (0.5,)),
+  ],
 )
 def test_impossible_options_are_clear_errors(field, value):
   with pytest.raises(UserError, match=f"config.method.{field}="):

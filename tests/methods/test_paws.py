@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from big_ssl import setup as setup_lib
 from big_ssl.core.config import OptimConfig
 from big_ssl.core.health import HealthConfig, judge
 from big_ssl.core.optim import learning_rate, make_optimizer
@@ -128,6 +130,27 @@ def test_each_step_is_the_same_on_several_devices(golden, replayed, devices):
       np.testing.assert_allclose(losses, wanted, rtol=2e-4, err_msg=f"step {i}")
       for a, b in zip(jax.tree.leaves((new.params, new.extra)), jax.tree.leaves((after.params, after.extra)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=0, err_msg=f"step {i}")
+
+
+def test_loss_gradients_and_statistics_are_the_same_with_every_stream_split_over_eight_devices(tiny, mesh8):
+  method, params, extra, _ = tiny
+  method = method.replace(classes_per_step=4)
+  batch = batch_of(images=8, classes=4)  # 8 supports and 2 x 8 big views, 2 x 8 small ones: all rows divide
+  step = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+  (loss, (after, _)), grads = step(params, extra, batch, jax.random.key(0), jnp.int32(0))
+  whole, split = NamedSharding(mesh8, P()), NamedSharding(mesh8, P(("data", "fsdp")))
+  with jax.set_mesh(mesh8):
+    trees, batch = jax.device_put((params, extra), whole), jax.device_put(batch, split)
+    (loss8, (after8, _)), grads8 = step(*trees, batch, jax.random.key(0), jnp.int32(0))
+  np.testing.assert_allclose(loss8, loss, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves((grads8, after8)), jax.tree.leaves((grads, after)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_support_that_the_devices_do_not_divide_is_a_clear_error():
+  with pytest.raises(UserError, match="config.method.classes_per_step x images_per_class=6: must be divisible by the 4 devices"):
+    overrides = {"data.train_examples": 120, "method.classes_per_step": 3, "method.images_per_class": 2, "method.labels_per_class": 3}
+    setup_lib.make_run(engine.small("paws", **overrides), devices=jax.devices()[:4])
 
 
 def test_the_learning_rate_is_the_recorded_one(golden):
@@ -286,6 +309,10 @@ def test_one_class_for_every_image_is_judged_a_collapse(tiny):
     ("label_smoothing", 1.0, "label_smoothing=1.0"),
     ("output_dim", 6, "output_dim=6.*multiple of 4"),
     ("small_views", -1, "small_views=-1"),
+    ("sharpen", 0.0, "sharpen=0.0"),
+    ("target_floor", -0.1, "target_floor=-0.1"),
+    ("memax_weight", -1.0, "memax_weight=-1.0"),
+    ("hidden_dim", -1, "hidden_dim=-1"),
   ],
 )
 def test_impossible_options_are_clear_errors(tiny, field, value, message):

@@ -16,7 +16,8 @@ from big_ssl.models.wide_resnet import WideResNet
 
 @pytest.fixture(scope="module")
 def tiny():
-  method = SuNCEt(model=WideResNet(depth=10, width=1), classes_per_step=3, images_per_class=2, output_dim=8, size=8)
+  sizes = dict(classes_per_step=3, images_per_class=2, output_dim=8, size=8)
+  method = SuNCEt(model=WideResNet(depth=10, width=1), label_smoothing=0.1, **sizes)
   big = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 8, 8, 3)), jnp.float32)
   batch = {"big": big, "label": jnp.array([7, 2, 4, 7, 2, 4]), "index": jnp.arange(6)}
   params, extra = method.init(jax.random.key(0), batch)
