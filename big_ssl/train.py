@@ -14,8 +14,10 @@ from jax.experimental import multihost_utils
 from big_ssl.core import checkpoint as checkpoint_lib
 from big_ssl.core import health
 from big_ssl.core.checkpoint import Checkpointer
+from big_ssl.core.config import InitFrom
 from big_ssl.core.logger import Logger, peak_flops
 from big_ssl.core.types import TrainState, UserError
+from big_ssl.core.warm_start import warm_start
 from big_ssl.evaluate import Extractor, evaluate, refresh
 from big_ssl.setup import Run
 
@@ -46,6 +48,19 @@ class StopRequest:
     return self.signal is not None
 
 
+def start_from(config: InitFrom, state: TrainState, logger: Logger) -> TrainState:
+  """A fresh state with the weights of an earlier run."""
+  if not (pathlib.Path(config.path) / "checkpoints").is_dir():
+    raise UserError(f"config.init_from.path={config.path!r}: not the work directory of a run; it has no checkpoints/.")
+  with logger.timer("checkpoint"):
+    earlier = Checkpointer(config.path)
+    saved = earlier.read(config.step)
+    earlier.close()
+  found = warm_start(state, saved, config=config)
+  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {', '.join(found.fresh) or 'none'}")
+  return found.state
+
+
 def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainState:
   """The newest checkpoint, or a fresh state whose first save and restore are exercised before step 1."""
   with logger.timer("checkpoint"):
@@ -56,6 +71,8 @@ def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainSt
     logger.notice(f"resumed from step {int(state.step)} of {run.total_steps}")
     return state
   state = run.initial_state()
+  if run.config.init_from is not None:
+    state = start_from(run.config.init_from, state, logger)
   with logger.timer("checkpoint"):
     checkpointer.save(state, meta=run.meta())
     checkpointer.wait()

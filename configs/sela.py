@@ -5,7 +5,7 @@
   configs/sela.py:imagenet          AlexNet, 10 heads of 3,000: 48.4 on the best layer after +Rot
   configs/sela.py:imagenet_r50      ResNet-50, 10 heads of 3,000: 61.5 linear
   configs/sela.py:imagenet_r50_aug  the same with MoCo v2's views: 68.8 linear
-  configs/sela.py:imagenet_rot      +Rot, the retraining of AlexNet with fixed labels
+  configs/sela.py:imagenet_rot      +Rot, the retraining of AlexNet with the labels of a finished run
 """
 
 import ml_collections
@@ -95,11 +95,20 @@ def imagenet_r50_aug() -> dict:
 
 
 def imagenet_rot() -> dict:
-  """+Rot: 90 epochs with the labels of a finished run, which must be in the checkpoint that training goes on from."""
+  """+Rot: AlexNet anew, 90 epochs with the labels of a finished run, while it also tells the rotations of each image apart.
+
+  The labels are in the last checkpoint of that run, whose config and work directory are CONFIG and DIR:
+
+    run = setup.make_run(config.load(CONFIG, {"data.source": IMAGENET_FOLDER})[0])
+    state, _ = Checkpointer(DIR).restore(run.abstract_state)
+    np.save("assignments.npy", state.extra["assignments"])
+
+  Command: python -m big_ssl.main --config=configs/sela.py:imagenet_rot --data=IMAGENET_FOLDER
+  """
   return common.imagenet_run(total="90epochs", batch_size=64) | dict(
-    method=dict(name="sela", solves=0, rotation_weight=1.0),
+    method=dict(name="sela", assignments_file="assignments.npy", rotation_weight=1.0),
     model=dict(name="alexnet"),
-    optim=sgd(lr=0.05, weight_decay=1e-5, milestones=("30epochs", "60epochs", "80epochs")),
+    optim=sgd(lr=0.05, weight_decay=1e-5, milestones=("30epochs", "60epochs")),
   )
 
 

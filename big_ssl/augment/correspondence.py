@@ -42,6 +42,12 @@ def patch_positions(
   return position.reshape(*position.shape[:2], -1)
 
 
+def pixel_boxes(shares: Array, *, sides: Array) -> Array:
+  """Boxes y0, x0, y1, x1 as shares of the image [..., 4] as y0, x0, height, width in whole pixels; sides [..., 2]."""
+  edges = jnp.round(shares * jnp.concatenate([sides, sides], axis=-1))
+  return jnp.concatenate([edges[..., :2], edges[..., 2:] - edges[..., :2]], axis=-1)
+
+
 def _along_axis(reference: Array, query: Array, *, cells: int, size: int, patch: int) -> Array:
   """Start and length [B, 1, 2], [B, V, 2] -> [B, V, size // patch] int32 cell of the reference, -1 outside."""
   start, length = jnp.split(reference.astype(jnp.int32), 2, axis=-1)

@@ -123,6 +123,24 @@ class Checkpointer:
         warn(f"checkpoint {candidate} is damaged ({_cause(error)}); moved to {aside}, trying the one before it.")
     return None
 
+  def read(self, step: int | None = None) -> dict[str, np.ndarray]:
+    """{path: array} of a checkpoint whatever run it is of, the newest where `step` is None; every process reads all of it.
+
+    Raises:
+      UserError: there is no checkpoint, or not of `step`.
+    """
+    steps = self.steps()
+    if not steps or (step is not None and step not in steps):
+      wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+      raise UserError(f"{self.directory}: {wanted}. There are: {', '.join(map(str, steps)) or 'none'}.")
+    chosen = steps[-1] if step is None else step
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    saved = self._manager.item_metadata(chosen)["state"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+    tree = self._manager.restore(chosen, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+
   def _set_aside(self, step: int) -> pathlib.Path:
     target = self.directory.parent / "damaged" / str(step)
     if jax.process_index() == 0:

@@ -122,6 +122,24 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+  """An earlier run whose weights and batch statistics a fresh run starts from; a resumed run has its own.
+
+  Attributes:
+    path: its work directory.
+    step: of the checkpoint; the newest where None.
+    tree: which of its networks becomes the one that is trained.
+    skip: regular expression on paths of the new state that stay as initialized, such as "head/fc2"; "" is none. Outside
+      of the backbone, what has no counterpart of the same shape stays so in any case.
+  """
+
+  path: str
+  step: int | None = None
+  tree: Literal["student", "teacher"] = "student"
+  skip: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One run. `method`, `model` and each entry of `evals` stay mappings until their classes are found by name."""
 
@@ -137,6 +155,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   health: HealthConfig = HealthConfig()
+  init_from: InitFrom | None = None
 
   def __post_init__(self):
     if self.batch_size < 1:

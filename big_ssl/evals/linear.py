@@ -56,13 +56,21 @@ class LinearProbe(Evaluator):
     x, y, test = with_one(pair.train.features), pair.train.labels, with_one(pair.held_out.features)
     classes = int(max(y.max(), pair.held_out.labels.max())) + 1
     tenth = np.arange(len(x)) % 10 == 0
-    best = self.l2[0]
+    best, weights, tried = self.l2[0], None, {}
     if len(self.l2) > 1:
-      scores = [_accuracy(x[~tenth], y[~tenth], x[tenth], y[tenth], classes=classes, l2=l2) for l2 in self.l2]
-      best = self.l2[int(np.argmax(scores))]
-    return _accuracy(x, y, test, pair.held_out.labels, classes=classes, l2=best), best
+      for l2 in sorted(self.l2, reverse=True):  # each starts where the one before ended
+        weights = _fit(x[~tenth], y[~tenth], classes=classes, l2=l2, start=weights)
+        tried[l2] = (_accuracy(weights, x[tenth], y[tenth]), weights)
+      best = max(self.l2, key=lambda l2: tried[l2][0])
+      weights = tried[best][1]
+    weights = _fit(x, y, classes=classes, l2=best, start=weights)
+    return _accuracy(weights, test, pair.held_out.labels), best
 
 
-def _accuracy(x: np.ndarray, y: np.ndarray, test: np.ndarray, labels: np.ndarray, *, classes: int, l2: float) -> float:
-  fitted = fit_logistic(x, labels=y, num_classes=classes, l2=l2, tolerance=1e-9, path="config.evals.linear")
-  return 100.0 * float(np.mean(np.argmax(test @ fitted.weights, axis=1) == labels))
+def _fit(x: np.ndarray, y: np.ndarray, *, classes: int, l2: float, start: np.ndarray | None) -> np.ndarray:
+  path = "config.evals.linear"
+  return fit_logistic(x, labels=y, num_classes=classes, l2=l2, tolerance=1e-9, start=start, path=path).weights
+
+
+def _accuracy(weights: np.ndarray, x: np.ndarray, labels: np.ndarray) -> float:
+  return 100.0 * float(np.mean(np.argmax(x @ weights, axis=1) == labels))

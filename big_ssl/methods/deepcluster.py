@@ -28,8 +28,11 @@ from big_ssl.core.method import Extract, Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, TrainState, UserError
 from big_ssl.losses import classify, cluster
 from big_ssl.methods.parts import center_view, check_channels, check_least, normalize
+from big_ssl.models.alexnet import AlexNet
+from big_ssl.models.conv_probe import ALEXNET_POOLS, VGG_POOLS, probe_features
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import Linear
+from big_ssl.models.vgg import VGG
 from big_ssl.ops import kmeans, pca, power_iteration
 from big_ssl.ops.cluster_sampling import quotas, uniform_over_clusters
 from big_ssl.ops.clustering_scores import normalized_mutual_information, size_entropy
@@ -49,7 +52,7 @@ class DeepCluster(Method):
     max_repeats: how often one image may come in an epoch; 0 is without limit, as published.
     relu: the classifier reads ReLU of the clustered features, as AlexNet and VGG go on.
     size: of the crops; scale: their share of the image area.
-    mean, std: pixel normalisation.
+    mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the crop for clustering and evaluation keeps (224 of 256).
   """
 
@@ -185,11 +188,15 @@ class DeepCluster(Method):
   def refresh_memory(self) -> dict[str, int]:
     self._check_sizes()
     rows, width = self.num_examples, self.feature_dim
-    size = dict(rows=rows, dim=self.pca_dim, clusters=self.num_clusters, devices=jax.device_count())
+    if self.clustering == "kmeans":
+      devices = jax.device_count()
+      name, size = "k-means on each device", kmeans.memory(rows=rows, dim=self.pca_dim, clusters=self.num_clusters, devices=devices)
+    else:
+      name, size = "the graph of neighbors in host memory", power_iteration.memory(rows=rows, dim=self.pca_dim)
     return {
       "features in host memory": 4 * rows * width,
       "PCA in host memory": pca.memory(rows=rows, width=width, dim=self.pca_dim),
-      **({"k-means on each device": kmeans.memory(**size)} if self.clustering == "kmeans" else {}),
+      name: size,
     }
 
   def _check_sizes(self) -> None:
@@ -205,9 +212,12 @@ class DeepCluster(Method):
   # 5. Evaluation
 
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
-    """ "pooled" is what is clustered (AlexNet and VGG: fc7 before its ReLU), "relu" what the classifier goes on with."""
-    pooled = self.clustered_features(params, extra, batch)
-    return {"pooled": pooled, "relu": jax.nn.relu(pooled)}
+    """ "pooled" is what is clustered (AlexNet and VGG: fc7 before its ReLU), "relu" what the classifier goes on with; of
+    AlexNet and VGG also the averaged maps "conv1", "conv2", ... for linear probes."""
+    out = encode(self.encoder, params["encoder"], extra["batch_stats"], batch["image"][:, 0], train=False).out
+    pools = {AlexNet: ALEXNET_POOLS, VGG: VGG_POOLS}.get(type(self.model))
+    probes = probe_features(out["stages"], pools=pools, kind="average") if pools else {}
+    return {"pooled": out["pooled"], "relu": jax.nn.relu(out["pooled"])} | probes
 
   def param_rules(self) -> tuple[Rule, ...]:
     """Everything is decayed, biases and BN too; the classifier has no momentum."""

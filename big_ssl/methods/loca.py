@@ -22,20 +22,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from big_ssl.augment.correspondence import patch_positions
-from big_ssl.augment.photometric import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  ColorJitter,
-  GaussianBlur,
-  Grayscale,
-  Solarize,
-)
+from big_ssl.augment.correspondence import patch_positions, pixel_boxes
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Solarize
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
 from big_ssl.losses import location
-from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
+from big_ssl.methods import parts
 from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode
 from big_ssl.models.loca_heads import ClusterHead, PositionHead
 from big_ssl.ops.ema import ema
@@ -64,7 +57,7 @@ class LOCA(Method):
     query_scale, focal_scale: share of the image area; the reference has that of the query.
     color_strength, gray, solarize: of the jitter; probabilities, solarization of the large query only.
     blur: True blurs as intended (reference always, query .1, focal .5); the released code's blur has a kernel of 1 pixel.
-    mean, std: pixel normalisation.
+    mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
   """
 
@@ -99,10 +92,12 @@ class LOCA(Method):
   accumulation_reason = "me-max and Sinkhorn need the whole batch, and the losses are means over its valid patches"
 
   def __post_init__(self):
-    check_least(self, focal_queries=1, num_prototypes=2)
+    parts.check_least(self, focal_queries=1, focal_size=1, num_prototypes=2, output_dim=1, hidden_dim=1, sinkhorn_iterations=1)
+    parts.check_positive(self, "temperature", "sharpen")
+    parts.check_shares(self, "momentum", "momentum_final")
     if self.loss_groups < 1 or (self.model is not None and self.batch_size % self.loss_groups):
       raise UserError(f"config.method.loss_groups={self.loss_groups}: must divide config.batch_size={self.batch_size}.")
-    check_channels(self)
+    parts.check_channels(self)
     if self.model is not None:
       self._check_patches()
 
@@ -110,7 +105,7 @@ class LOCA(Method):
     patch = getattr(self.model, "patch", None)
     if patch is None or getattr(self.model, "stem_channels", ()):
       raise UserError(f"config.model: LOCA needs a ViT with a linear patch embedding; {type(self.model).__name__} as configured is none.")
-    check_patches(self, "reference_size", "query_size", "focal_size")
+    parts.check_patches(self, "reference_size", "query_size", "focal_size")
     for name, size in (("reference_seqlen", self.reference_size), ("query_seqlen", self.query_size)):
       positions = (size // patch) ** 2
       if not 1 <= getattr(self, name) <= positions:
@@ -128,32 +123,24 @@ class LOCA(Method):
         Grayscale(p=self.gray, luma="byol"),
         GaussianBlur(p=blur if self.blur else 0.0, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
         Solarize(p=solarize),
-        *normalize(self),
+        *parts.normalize(self),
       )
       return View(name=name, size=size, count=count, scale=scale, flip=flip, antialias=False, return_box=True, augment=augment)
 
-    return Inputs(
-      views=(
-        view("reference", self.reference_size, 1, self.query_scale, 0.0, 1.0, 0.0),
-        view("query", self.query_size, 1, self.query_scale, 0.5, 0.1, self.solarize),
-        view("focal", self.focal_size, self.focal_queries, self.focal_scale, 0.5, 0.5, 0.0),
-      )
-    )
+    reference = view("reference", self.reference_size, 1, self.query_scale, 0.0, 1.0, 0.0)
+    query = view("query", self.query_size, 1, self.query_scale, 0.5, 0.1, self.solarize)
+    focal = view("focal", self.focal_size, self.focal_queries, self.focal_scale, 0.5, 0.5, 0.0)
+    return Inputs(views=(reference, query, focal))
 
   def eval_view(self) -> View:
-    return center_view(self, size=self.reference_size)
+    return parts.center_view(self, size=self.reference_size)
 
   def query_positions(self, batch: dict[str, Array], name: str) -> Array:
     """The reference patch under each patch of the views `name`, [B, V * T] int32, row-major, -1 outside."""
-    pixels = jnp.concatenate([batch["size"], batch["size"]], axis=-1)[:, None]  # [B, 1, 4]
-
-    def box(name: str) -> Array:
-      edges = jnp.round(batch[f"{name}_box"] * pixels)  # y0, x0, y1, x1
-      return jnp.concatenate([edges[..., :2], edges[..., 2:] - edges[..., :2]], axis=-1)
-
+    reference, query = (pixel_boxes(batch[f"{n}_box"], sides=batch["size"][:, None]) for n in ("reference", name))
     patch, size = self.model.patch, batch[name].shape[2:4]
     grid = (self.reference_size // patch,) * 2
-    found = patch_positions(box("reference")[:, 0], box(name), batch[f"{name}_flip"], grid=grid, size=size, patch=patch)
+    found = patch_positions(reference[:, 0], query, batch[f"{name}_flip"], grid=grid, size=size, patch=patch)
     return found.reshape(found.shape[0], -1)
 
   # 2. Networks
@@ -169,10 +156,9 @@ class LOCA(Method):
 
   @property
   def position_head(self) -> PositionHead:
-    size, positions = self.model.size(), (self.reference_size // self.model.patch) ** 2
-    return PositionHead(
-      positions=positions, heads=size.heads, mlp_dim=size.mlp_dim, epsilon=self.model.layernorm_eps, dtype=self.model.dtype
-    )
+    vit, size = self.model, self.model.size()
+    positions = (self.reference_size // vit.patch) ** 2
+    return PositionHead(positions=positions, heads=size.heads, mlp_dim=size.mlp_dim, epsilon=vit.layernorm_eps, dtype=vit.dtype)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     rng_encoder, rng_head = jax.random.split(rng)

@@ -16,6 +16,7 @@ mode; its running statistics, which also moved there, stay).
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -42,7 +43,7 @@ ROTATIONS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeLa(Method):
-  """Self-labelling; defaults are the ImageNet recipe.
+  """Self-labeling; defaults are the ImageNet recipe.
 
   Attributes:
     num_clusters, num_heads: K of each head, H.
@@ -54,8 +55,9 @@ class SeLa(Method):
     solve_margin: the public code trains one epoch more than E, so the last times lie beyond the end.
     one_head: each solve labels one head, the number of the epoch mod H (CIFAR), instead of all.
     train_mode_labels: dropout and batch statistics where labels are computed.
-    rotation_weight: "+Rot", the retraining stage with the final labels (solves=0): the four rotations of each image are
-      classified by a head of their own; clusters are predicted for the upright one.
+    assignments_file: instead of solves, a .npy file of [N, H] integers, the labels of a finished run, which stay.
+    rotation_weight: "+Rot", the retraining stage with such labels: the four rotations of each image are classified by a
+      head of their own; clusters are predicted for the upright one.
     size, scale: of the view.
     jitter: brightness, contrast, saturation, hue; jitter_p, gray, blur: probabilities.
     gray_first: grayscale before the jitter (ImageNet), or after it (CIFAR, MoCo v2's views).
@@ -73,6 +75,7 @@ class SeLa(Method):
   solve_margin: float = 1.01
   one_head: bool = False
   train_mode_labels: bool = False
+  assignments_file: str = ""
   rotation_weight: float = 0.0
   size: int = 224
   scale: tuple[float, float] = (0.08, 1.0)
@@ -98,11 +101,7 @@ class SeLa(Method):
   def inputs(self) -> Inputs:
     brightness, contrast, saturation, hue = self.jitter
     color = (ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=self.jitter_p), Grayscale(p=self.gray))
-    augment = (
-      *(color[::-1] if self.gray_first else color),
-      GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
-      *normalize(self),
-    )
+    augment = (*(color[::-1] if self.gray_first else color), GaussianBlur(p=self.blur, sigma=(0.1, 2.0)), *normalize(self))
     return Inputs(views=(View(name="crop", size=self.size, scale=self.scale, augment=augment),))
 
   def eval_view(self) -> View:
@@ -156,7 +155,9 @@ class SeLa(Method):
   # 4. Labels of all images, by optimal transport
 
   def solve_times(self) -> np.ndarray:
-    """[solves] float64 times of the solves, in images seen."""
+    """[solves] float64 times of the solves, in images seen; labels that are given are read once, at the start."""
+    if self.assignments_file:
+      return np.zeros(1)
     epochs = self.total_steps / self.steps_per_epoch if self.num_examples else 0.0
     return (epochs + self.solve_margin) * self.num_examples * np.linspace(0, 1, self.solves) ** self.solve_power
 
@@ -168,6 +169,8 @@ class SeLa(Method):
     return [step for step in steps if step < self.total_steps]
 
   def refresh(self, state: TrainState, extract: Extract, rng: Array) -> tuple[TrainState, dict[str, float]]:
+    if self.assignments_file:
+      return state.replace(extra=state.extra | {"assignments": self.given_labels()}), {}
     self._check_size()
     keyed = state.replace(extra=state.extra | {"label_key": jax.random.key_data(jax.random.fold_in(rng, 1))})
     features = place_rows(extract(keyed, self._penultimate, views=self.inputs().views, rng=rng))  # [N, D]
@@ -175,11 +178,10 @@ class SeLa(Method):
     labels, found = before.copy(), []
     epoch = int(state.step) * self.batch_size // self.num_examples
     head = state.params["encoder"]["head"]
+    how = dict(power=self.sharpness, tolerance=self.tolerance, max_iterations=self.max_sweeps, num_rows=self.num_examples)
     for h in [epoch % self.num_heads] if self.one_head else range(self.num_heads):
       log_p = _log_probabilities(features, head["kernel"][h], head["bias"][h])  # [N, K]
-      solved = equipartition(
-        log_p, power=self.sharpness, tolerance=self.tolerance, max_iterations=self.max_sweeps, num_rows=self.num_examples
-      )
+      solved = equipartition(log_p, **how)
       labels[:, h] = solved.labels
       found.append((solved, normalized_mutual_information(before[:, h], solved.labels)))
     metrics = {
@@ -191,6 +193,19 @@ class SeLa(Method):
       "cost": float(np.mean([s.cost for s, _ in found])),
     }
     return state.replace(extra=state.extra | {"assignments": labels}), metrics
+
+  def given_labels(self) -> np.ndarray:
+    """[N, H] int32 of `assignments_file`."""
+    field, shape = f"config.method.assignments_file={self.assignments_file!r}", (self.num_examples, self.num_heads)
+    try:
+      labels = np.lib.format.open_memmap(pathlib.Path(self.assignments_file).expanduser(), mode="r")
+    except (OSError, ValueError) as error:
+      raise UserError(f"{field}: cannot be read as a .npy file: {error}") from error
+    low, high = (labels.min(), labels.max()) if labels.size else (0, 0)
+    last = self.num_clusters - 1
+    if labels.shape != shape or labels.dtype.kind not in "iu" or low < 0 or high > last:
+      raise UserError(f"{field}: found {labels.dtype} {labels.shape}, {low} to {high}; expected integers {shape}, 0 to {last}.")
+    return labels.astype(np.int32)
 
   def _check_size(self) -> None:
     if self.num_clusters > self.num_examples:
@@ -204,8 +219,8 @@ class SeLa(Method):
 
   def refresh_memory(self) -> dict[str, int]:
     """Printed before the start, so that a data set too small is refused there."""
-    if not self.solves:
-      return {}
+    if self.assignments_file or not self.solves:
+      return {"given labels": self.given_labels().nbytes} if self.assignments_file else {}
     self._check_size()
     images = jax.ShapeDtypeStruct((1, self.size, self.size, self.image_channels), jnp.float32)
     out = jax.eval_shape(lambda x: self.encoder.init_with_output(jax.random.key(0), x, train=False)[0], images)

@@ -17,7 +17,7 @@ from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
 from big_ssl.losses import classify
 from big_ssl.methods.parts import center_view, check_channels, normalize
 from big_ssl.models.encoder import Encoder, encode
-from big_ssl.models.heads import Linear
+from big_ssl.models.heads import Classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,17 @@ class Supervised(Method):
   """Classification of `label`.
 
   Attributes:
+    hidden_layers: layers as wide as the trunk, with BN and ReLU, between it and the classifier. With 1 a run that starts
+      from PAWS keeps the first layer of its projection head, as its fine-tuning does (arXiv 2104.13963, section 5).
+    zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
     size, scale: of the training crop; color_strength: of the jitter, 0 is none.
     mean, std: pixel normalisation.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 
+  hidden_layers: int = 0
+  zero_init: bool = False
   label_smoothing: float = 0.0
   size: int = 224
   scale: tuple[float, float] = (0.08, 1.0)
@@ -55,7 +60,8 @@ class Supervised(Method):
 
   @property
   def encoder(self) -> Encoder:
-    return Encoder(backbone=self.model, head=Linear(output=self.num_classes))
+    hidden = (0,) * self.hidden_layers
+    return Encoder(backbone=self.model, head=Classifier(self.num_classes, hidden=hidden, zero_init=self.zero_init))
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     if self.num_classes < 2:

@@ -131,6 +131,28 @@ class Linear(nn.Module):
     return nn.Dense(self.output, kernel_init=nn.initializers.normal(0.01), name="fc")(x.astype(jnp.float32))
 
 
+class Classifier(nn.Module):
+  """Linear, BN, ReLU for each of `hidden` (0 is as wide as the input), then a linear classifier, N(0, 0.01) or zero.
+
+  The hidden layers are named and initialized as those of PAWS's projection head, which its fine-tuning keeps.
+  """
+
+  output: int
+  hidden: tuple[int, ...] = ()
+  zero_init: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    """x: [N, d] -> [N, output] float32."""
+    for i, width in enumerate(self.hidden):
+      init = torch_uniform(x.shape[-1])
+      dense = nn.Dense(width or x.shape[-1], kernel_init=init, bias_init=init, dtype=self.dtype, name=f"fc{i + 1}")
+      x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i + 1}")(dense(x), train=train))
+    init = nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.01)
+    return nn.Dense(self.output, kernel_init=init, name="fc")(x.astype(jnp.float32))
+
+
 class LinearHeads(nn.Module):
   """H linear classifiers of the same input, in float32, N(0, 0.01) and zero bias (SeLa, arXiv 1911.05371)."""
 

@@ -13,7 +13,7 @@ def normalized_mutual_information(
 ) -> float:
   """NMI(A; B) = I(A; B) / mean(H(A), H(B)), between 0 (independent) and 1 (equal up to names).
 
-  The geometric mean is DeepCluster's (arXiv 1807.05520, section 4), the arithmetic one scikit-learn's default. Two
+  The geometric mean is DeepCluster's (arXiv 1807.05520, section 4), the arithmetic one is the other common choice. Two
   clusterings of which one has a single cluster agree by 1 where both have, else by 0.
 
   Args:

@@ -84,6 +84,12 @@ def nearest_neighbors(x: np.ndarray, *, k: int, mesh: Mesh | None = None) -> Gra
   return Graph(np.take_along_axis(found, order, axis=1), np.take_along_axis(distance, order, axis=1))
 
 
+def memory(*, rows: int, dim: int, neighbors: int = 5) -> int:
+  """Bytes at the peak: the rows as queries and as bank, a column more, candidates of each, edges of the graph."""
+  candidates, edges = 2 * neighbors + 2, 2 * neighbors  # edges in both directions
+  return 4 * rows * (2 * (dim + 1) + 4 * candidates + 8 * edges)
+
+
 def partition(graph: Graph, *, sigma: float, alpha: float, iterations: int) -> np.ndarray:
   """The clusters of `power_iteration_clustering` before those of one row are distributed, [N] int32."""
   count, k = graph.index.shape

@@ -56,7 +56,8 @@ def import_convnet(state: dict[str, np.ndarray]) -> ConvNet:
       "module.body.features.0.weight" (DeeperCluster); values in torch's layouts.
 
   Raises:
-    UserError: a tensor without a place, a Sobel front end with other filters, or neither 5 nor 13 convolutions.
+    UserError: a tensor without a place, a layer without one of its tensors, a Sobel front end with other filters, or
+      neither 5 nor 13 convolutions.
   """
   state = {_strip(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
   layers: dict[str, dict[int, dict[str, np.ndarray]]] = {"features": {}, "classifier": {}}
@@ -75,6 +76,7 @@ def import_convnet(state: dict[str, np.ndarray]) -> ConvNet:
   sobel = "sobel.0.weight" in state
   if sobel and not all(k in state and np.array_equal(state[k], v) for k, v in _SOBEL.items()):
     raise UserError("weights: 'sobel.*' are not the fixed Sobel filters.")
+  _check_complete(layers, heads)
   params, stats, kernels = {}, {}, {}
   for _, layer in sorted(layers["features"].items()):
     if layer["weight"].ndim == 4:
@@ -94,6 +96,22 @@ def import_convnet(state: dict[str, np.ndarray]) -> ConvNet:
   body = any(name.startswith("body.") for name in state)
   model = _model(kernels, linears[0]["weight"], sobel=sobel, body=body)
   return ConvNet(model, Weights(nest(params), nest(stats)), heads)
+
+
+def _check_complete(
+  layers: dict[str, dict[int, dict[str, np.ndarray]]], heads: dict[str, dict[str, np.ndarray]]
+) -> None:
+  """Every layer has all of its tensors: a convolution or linear layer two, BN four."""
+  found = [(f"{part}.{index}", layer) for part, numbered in layers.items() for index, layer in numbered.items()]
+  for name, layer in found:
+    norm = name.startswith("features") and np.ndim(layer.get("weight", 0)) < 2
+    for leaf in ("weight", "bias", *(("running_mean", "running_var") if norm else ())):
+      if leaf not in layer:
+        raise UserError(f"weights: '{name}.{leaf}' is missing.")
+  for name, head in heads.items():
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+      if ours not in head:
+        raise UserError(f"weights: '{name}.{theirs}' is missing.")
 
 
 def _strip(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Soft nearest neighbours against the release, over the labels that training may use; and the errors."""
+"""Soft nearest neighbors against the release, over the labels that training may use; and the errors."""
 
 import dataclasses
 

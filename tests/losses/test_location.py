@@ -1,9 +1,13 @@
 """LOCA's losses: the public code's values and gradients, on one device and on two, and what must not matter."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from big_ssl.core.types import UserError
 from big_ssl.losses import location
@@ -87,6 +91,17 @@ def test_a_permutation_of_the_prototypes_leaves_the_loss(random_case):
   np.testing.assert_allclose([a.ce, a.memax], [b.ce, b.memax], rtol=1e-6)
   wrong = location.patch_cluster_loss(cosines[..., order], teacher, y)
   assert abs(float(wrong.ce - a.ce)) > 1e-3
+
+
+def test_only_numbers_per_prototype_travel_between_devices(mesh8):
+  split = NamedSharding(mesh8, P(("data", "fsdp")))
+  shapes = (((16, 34, 49), jnp.float32), ((16, 34, 24), jnp.float32), ((16, 49, 24), jnp.float32), ((16, 34), jnp.int32))
+  given = [jax.ShapeDtypeStruct(shape, dtype, sharding=split) for shape, dtype in shapes]
+  step = jax.jit(jax.value_and_grad(lambda *x: sum(terms(*x, 1)), argnums=(0, 1)))
+  text = step.lower(*given).compile().as_text()
+  moved = re.findall(r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
+  sizes = {size for shape, _ in moved for size in re.findall(r"\[([0-9,]*)\]", shape)}
+  assert moved and sizes <= {"", "1", "24"}, moved
 
 
 def test_no_gradient_reaches_the_teacher(random_case):

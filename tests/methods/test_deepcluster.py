@@ -199,7 +199,7 @@ def test_power_iteration_labels_the_largest_clusters_and_the_rest_is_neither_dra
 
 def test_the_small_run_clusters_again_in_mid_training_and_a_repeated_clustering_is_bit_equal():
   run = setup.make_run(engine.small("deepcluster"), devices=jax.devices()[:1])
-  assert list(run.method.refresh_steps()) == [0, 2, 4] and run.method.steps_per_epoch == 2.5
+  assert list(run.method.refresh_steps()) == [0, 2, 5] and run.method.steps_per_epoch == 2.5
   extract, state = Extractor(run), run.initial_state()
   first, metrics = refresh(run, extract, state)
   again, _ = refresh(run, extract, state)
@@ -239,3 +239,16 @@ def test_reassign_sets_the_steps_and_the_stated_memory_grows_with_the_features()
   assert list(make(reassign=Interval(2, "epochs")).refresh_steps()) == [0, 20]
   memory = make().refresh_memory()
   assert memory["features in host memory"] == 4 * N * D and set(memory) > {"k-means on each device"}
+  assert "the graph of neighbors in host memory" in make(clustering="pic").refresh_memory()
+
+
+def test_probes_read_the_maps_after_relu_averaged_in_windows():
+  method, (state, batch, _) = make(), start()
+  out = method.features(state.params, state.extra, {"image": batch["crop"]})
+  assert set(out) == {"pooled", "relu", *(f"conv{i}" for i in range(1, 6))}
+  np.testing.assert_array_equal(out["relu"], np.maximum(out["pooled"], 0))
+  variables = {"params": state.params["encoder"], "batch_stats": state.extra["batch_stats"]}
+  stage = np.asarray(method.encoder.apply(variables, batch["crop"][:, 0], train=False)["stages"][1])  # conv2: 4/4, no padding
+  side = stage.shape[1] // 4
+  windows = stage[:, : 4 * side, : 4 * side].reshape(20, side, 4, side, 4, 4).mean((2, 4))
+  np.testing.assert_allclose(out["conv2"], windows.transpose(0, 3, 1, 2).reshape(20, -1), rtol=1e-5, atol=1e-6)

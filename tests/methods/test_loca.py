@@ -16,7 +16,7 @@ from big_ssl.augment import resample
 from big_ssl.augment.correspondence import patch_positions
 from big_ssl.core import health, schedules
 from big_ssl.core.config import OptimConfig
-from big_ssl.core.optim import make_optimizer
+from big_ssl.core.optim import learning_rate, make_optimizer
 from big_ssl.core.step import prepare
 from big_ssl.core.types import Interval, TrainState, UserError
 from big_ssl.methods.loca import LOCA
@@ -116,6 +116,14 @@ def test_schedules_are_those_of_the_public_code(golden):
   np.testing.assert_allclose(method.ema_momentum(jnp.asarray(z["steps"]))[below], z["teacher_momentum"][below], rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1024, 512])
+def test_the_recipe_peaks_at_a_thousandth_per_1024_images_and_ends_at_a_hundredth_of_it(batch):
+  optim = engine.load("loca", "imagenet", batch_size=batch).optim
+  examples = 100 * batch
+  lr = learning_rate(optim, total_steps=10_000, batch_size=batch, examples=examples)
+  np.testing.assert_allclose([lr(0), lr(1500), lr(9999)], [0.0, 1e-3 * batch / 1024, 1e-5 * batch / 1024], rtol=1e-3)
+
+
 def replayed(z):
   method = Replayed(
     model=vit(),
@@ -139,8 +147,8 @@ def replayed(z):
   return method, optimizer, state
 
 
-def recorded_batch(z, step):
-  get = lambda name: z[f"step{step}/{name}"]
+def recorded_batch(z, step, copies):
+  get = lambda name: np.concatenate([z[f"step{step}/{name}"]] * copies)
   rows = get("reference").shape[0]
   batch = {"reference": get("reference")[:, None], "query": get("query0")[:, None]}
   batch["focal"] = np.stack([get("query1"), get("query2")], axis=1)
@@ -149,10 +157,12 @@ def recorded_batch(z, step):
   return jax.tree.map(jnp.asarray, batch)
 
 
-@pytest.mark.parametrize("devices", [1, 3])
-def test_the_public_training_steps_are_reproduced(golden, devices):
+@pytest.mark.parametrize("devices,copies", [(1, 1), (3, 1), (8, 8)])
+def test_the_public_training_steps_are_reproduced(golden, devices, copies):
+  """Copies of the whole batch change no mean, no share of a prototype and no balanced target: eight devices get three images each."""
   z = golden("loca_train_steps")
   method, optimizer, state = replayed(z)
+  method = method.replace(batch_size=3 * copies, loss_groups=copies)
   mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
   state = jax.device_put(state, NamedSharding(mesh, P()))
 
@@ -168,7 +178,7 @@ def test_the_public_training_steps_are_reproduced(golden, devices):
 
   with jax.set_mesh(mesh):
     for i in range(3):
-      batch = jax.device_put(recorded_batch(z, i), NamedSharding(mesh, P("data")))
+      batch = jax.device_put(recorded_batch(z, i, copies), NamedSharding(mesh, P("data")))
       state, metrics = step(state, batch, jnp.asarray(z["reference_kept"]), jnp.asarray(z["query0_kept"]))
       wanted = [z[k][i] for k in ("total_loss", "cluster_loss", "position_accuracy", "lr_at_optimizer_count")]
       np.testing.assert_allclose(metrics, wanted, rtol=1e-5, atol=1e-7, err_msg=f"step {i}")
@@ -345,6 +355,10 @@ def test_a_short_run_places_patches_better_than_chance():
     ("query_seqlen", 17, "config.method.query_seqlen=17"),
     ("focal_queries", 0, "config.method.focal_queries=0"),
     ("num_prototypes", 1, "config.method.num_prototypes=1"),
+    ("sinkhorn_iterations", 0, "config.method.sinkhorn_iterations=0: at least 1"),
+    ("temperature", 0.0, "config.method.temperature=0.0: expected a positive number"),
+    ("sharpen", -0.05, "config.method.sharpen=-0.05: expected a positive number"),
+    ("momentum", 1.1, r"config.method.momentum=1.1: expected a share in \[0, 1\]"),
     ("loss_groups", 3, "config.method.loss_groups=3: must divide config.batch_size=4"),
     ("mean", (0.5,), "mean=.*3 channels"),
     ("model", vit(stem_channels=(8, 16)), "config.model: LOCA needs a ViT"),

@@ -10,6 +10,7 @@ import pytest
 
 from big_ssl import setup
 from big_ssl.core import health
+from big_ssl.core.optim import learning_rate
 from big_ssl.core.types import TrainState, UserError
 from big_ssl.evaluate import Extractor, refresh
 from big_ssl.methods.sela import SeLa
@@ -58,6 +59,20 @@ def test_heads_and_loss_are_those_of_the_public_network(golden):
   wanted = -np.mean([log_p[h, b, labels[i, h]] for h in range(3) for b, i in enumerate(index)])
   np.testing.assert_allclose(loss, wanted, rtol=2e-5)
   np.testing.assert_allclose(new["batch_stats"]["backbone"]["bn5"]["var"], z["new_state/features.15.running_var"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "recipe,factors",
+  [
+    ("imagenet", {0: 1, 149: 1, 150: 0.1, 300: 0.01, 350: 0.001}),
+    ("imagenet_rot", {0: 1, 29: 1, 30: 0.1, 60: 0.01, 89: 0.01}),
+    ("cifar10", {0: 1, 239: 1, 240: 0.1, 320: 0.01}),
+  ],
+)
+def test_the_learning_rate_falls_at_the_published_epochs(recipe, factors):
+  config = engine.load("sela", recipe)
+  lr = learning_rate(config.optim, total_steps=10**6, batch_size=config.batch_size, examples=10 * config.batch_size)
+  np.testing.assert_allclose([lr(10 * epoch) / config.optim.lr for epoch in factors], list(factors.values()), rtol=1e-5)
 
 
 def fresh(method):
@@ -184,6 +199,38 @@ def test_solves_of_zero_keep_the_labels_and_need_no_memory():
   assert list(method.refresh_steps()) == [] and method.refresh_memory() == {}
   memory = tiny_method().refresh_memory()
   assert sorted(memory.values()) == sorted([4 * 24 * 8, 4 * 24 * 5]), memory
+
+
+def test_labels_of_a_finished_run_are_those_of_the_retraining_and_stay(tmp_path):
+  finished = setup.make_run(engine.small("sela", **{"method.solves": 1}), devices=jax.devices()[:1])
+  state, _ = refresh(finished, Extractor(finished), finished.initial_state())
+  np.save(tmp_path / "assignments.npy", state.extra["assignments"])
+  options = {"method.assignments_file": str(tmp_path / "assignments.npy"), "method.rotation_weight": 1.0}
+  run = setup.make_run(engine.small("sela", **options), devices=jax.devices()[:8])
+  assert list(run.method.refresh_steps()) == [0]
+  start = run.initial_state()
+  given, _ = refresh(run, Extractor(run), start)
+  np.testing.assert_array_equal(given.extra["assignments"], state.extra["assignments"])
+  assert (np.asarray(start.extra["assignments"]) != given.extra["assignments"]).any()
+  assert "rotation" in given.params and engine.leaves_equal(given.params, start.params)
+
+
+@pytest.mark.parametrize(
+  "labels,found",
+  [
+    (None, "cannot be read as a .npy file"),
+    (np.zeros((23, 2), int), r"found int64 \(23, 2\), 0 to 0; expected integers \(24, 2\), 0 to 4"),
+    (np.zeros((24, 2)), "found float64"),
+    (np.full((24, 2), 5), "found .*, 5 to 5; expected integers .*, 0 to 4"),
+    (np.full((24, 2), -1), "found .*, -1 to -1"),
+  ],
+)
+def test_given_labels_that_do_not_fit_are_refused_before_the_start(tmp_path, labels, found):
+  file = tmp_path / "assignments.npy"
+  if labels is not None:
+    np.save(file, labels)
+  with pytest.raises(UserError, match=f"config.method.assignments_file='{file}': {found}"):
+    tiny_method(assignments_file=str(file)).refresh_memory()
 
 
 @pytest.mark.parametrize("planted,found", [("labels", "one-prototype"), ("features", "constant embedding")])

@@ -80,6 +80,22 @@ def test_import_and_export_are_bit_equal_under_every_public_prefix(golden, name,
   assert all(np.array_equal(out[k], state[k]) for k in state)
 
 
+def test_a_vgg_without_the_prefix_of_deeper_cluster_is_deep_clusters(golden):
+  state = {k.removeprefix("body."): v for k, v in states(golden("deepercluster_vgg_tiny")).items() if not k.endswith("num_batches_tracked")}
+  net = import_convnet({k.replace("features.", "features.module."): v for k, v in state.items()})
+  assert net.model["variant"] == "deepcluster" and net.backbone().map_size(net.model["image_size"]) == 2
+  out = export_convnet(net)
+  assert out.keys() == state.keys() and all(np.array_equal(out[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("name", ["features.0.bias", "features.5.running_var", "classifier.4.weight", "top_layer.bias"])
+def test_a_missing_tensor_is_named(golden, name):
+  state = states(golden("deepcluster_alexnet_tiny"))
+  del state[name]
+  with pytest.raises(UserError, match=f"weights: '{name}' is missing"):
+    import_convnet(state)
+
+
 def test_a_tensor_without_a_place_and_other_sobel_filters_are_refused(golden):
   state = states(golden("deepcluster_alexnet_tiny"))
   with pytest.raises(UserError, match="features.99x.weight"):

@@ -1,0 +1,93 @@
+"""Weights of an earlier run as the start of a new one: fine-tuning, or pretraining that goes on with another method."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from big_ssl.core.config import InitFrom
+from big_ssl.core.types import TrainState, UserError
+
+# Where methods keep the same modules; the rest of a path, "backbone/...", names the tensor in all of them.
+_PLACES = (
+  ("params/encoder/", "weights", "student"),
+  ("params/", "weights", "student"),
+  ("extra/teacher/encoder/", "weights", "teacher"),
+  ("extra/teacher/", "weights", "teacher"),
+  ("extra/batch_stats/encoder/", "statistics", "student"),
+  ("extra/batch_stats/", "statistics", "student"),
+  ("extra/teacher_batch_stats/", "statistics", "teacher"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+  """The new state, how many of its tensors were taken, and the weights and statistics that stay as initialized."""
+
+  state: TrainState
+  taken: int
+  fresh: tuple[str, ...]
+
+
+def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: InitFrom) -> WarmStart:
+  """Weights and batch statistics by name and shape; step, optimizer, queues, centers and banks stay new.
+
+  A teacher that the earlier run did not have starts as its student does.
+
+  Args:
+    state: freshly initialized, placed.
+    saved: {path: array} of the earlier run's checkpoint.
+    config: which tree, and what stays as initialized.
+
+  Raises:
+    UserError: the earlier run has no such tree, or its backbone is another one.
+  """
+  there = {place: value for path, value in saved.items() if (place := _place(path)) is not None}
+  where = f"config.init_from.path={config.path!r}"
+  if config.tree == "teacher" and not any(owner == "teacher" for _, owner, _ in there):
+    raise UserError(f"config.init_from.tree='teacher': the run in {config.path} has no teacher; use 'student'.")
+  fresh, missing, different, count = [], [], [], 0
+
+  def take(key_path: tuple, value: jax.Array) -> jax.Array:
+    nonlocal count
+    path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    place = _place(path)
+    if place is None:
+      return value
+    kind, owner, name = place
+    order = ("teacher", "student") if owner == "teacher" or config.tree == "teacher" else ("student", "teacher")
+    found = next((there[kind, o, name] for o in order if (kind, o, name) in there), None)
+    skipped = bool(config.skip) and re.search(config.skip, path) is not None
+    if skipped or found is None or found.shape != value.shape:
+      fresh.append(path)
+      if name.startswith("backbone/") and not skipped:
+        if found is None:
+          missing.append(path)
+        else:
+          different.append(f"{path} {list(found.shape)} there, {list(value.shape)} here")
+      return value
+    count += 1
+    found = found.astype(value.dtype)
+    return jax.make_array_from_callback(value.shape, value.sharding, lambda index: found[index])
+
+  new = jax.tree_util.tree_map_with_path(take, {"params": state.params, "extra": state.extra})
+  if missing or different:
+    parts = [
+      f"{label}: {', '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}"
+      for label, items in (("missing", missing), ("different", different))
+      if items
+    ]
+    raise UserError(f"{where}: its backbone is another one. {'; '.join(parts)}. Use the config.model of that run.")
+  return WarmStart(state.replace(params=new["params"], extra=new["extra"]), count, tuple(fresh))
+
+
+def _place(path: str) -> tuple[str, str, str] | None:
+  """(kind, owner, name) of a tensor; None for state that belongs to the earlier run's data or optimizer."""
+  for prefix, kind, owner in _PLACES:
+    if path.startswith(prefix):
+      return kind, owner, path[len(prefix) :]
+  return None
