@@ -37,14 +37,14 @@ def cifar10() -> dict:
 
 
 def imagenet() -> dict:
-  """ResNet-50, 2x160 + 4x96, 400 epochs, 71.8 linear. 64 V100 as SwAV, besides one assignment phase per epoch.
+  """ResNet-50, 2x160 + 4x96 with large scale (.08, 1), 400 epochs, 71.8 linear. 64 V100 as SwAV, besides one assignment phase per epoch.
 
-  The scores of a head are 1.28 million x 3,000 numbers, 15 GB over all devices.
+  The scores of a head are 1.28 million x 3,000 numbers, 15 GB over all devices, and the transport works with three more such arrays.
 
   Command: python -m big_ssl.main --config=configs/sela_v2.py:imagenet --data=IMAGENET_FOLDER
   """
   return common.imagenet_run(total="400epochs", batch_size=4096) | dict(
-    method=dict(name="sela_v2", large_size=160, small_crops=4),
+    method=dict(name="sela_v2", large_size=160, small_crops=4, large_scale=(0.08, 1.0)),
     model=dict(name="resnet", depth=50),
     optim=swav.larc(lr=4.8, start_lr=0.3, warmup="10epochs"),
   )

@@ -40,14 +40,15 @@ def sprites() -> dict:
 def cifar10() -> dict:
   """WRN-28-2, 180 steps of 10 x 64 images in two views, LARS .1 -> .01 without decay, BN by its running statistics.
 
-  To 96.0 +- .2 from PAWS after 600 epochs, as the best epoch on the test set; the last one is reported here. It is meant
-  to start from the weights of configs/paws.py:cifar10, whose trees are the same; from fresh ones set
-  --config.method.fixed_statistics=false.
+  To 96.0 +- .2 from PAWS after 600 epochs, as the best epoch on the test set; the last one is reported here. It starts
+  from a run of configs/paws.py:cifar10, whose trees are the same, by default from where launch/cifar10_table.sh leaves it;
+  from fresh weights set --config.init_from=none --config.method.fixed_statistics=false.
 
   Command: python -m big_ssl.main --config=configs/suncet.py:cifar10 --data_dir=DIR_OF_TFDS
   """
   run = common.cifar10_run(total="180steps", batch_size=640)
   return run | dict(
+    init_from=dict(path="runs/cifar10/paws-0"),
     method=dict(name="suncet", classes_per_step=10, images_per_class=64, labels_per_class=400),
     model=dict(name="wide_resnet", depth=28, width=2),
     optim=dict(name="larc", lr=0.1, final_lr=0.01, schedule="cosine", momentum=0.9, lr_in_momentum=True),

@@ -52,7 +52,8 @@ def cifar10() -> dict:
 def imagenet() -> dict:
   """ResNet-50, 800 epochs, 75.3 linear: 50 hours on 64 V100 (3 min 40 per epoch); 100 epochs take 6 h 15 to 72.1.
 
-  Batch 4096 as 64 x 64 images. The reference synchronizes BN inside groups of 8 GPUs, here it is global.
+  Batch 4096 as 64 x 64 images. The reference synchronizes BN inside groups of 8 GPUs (the trunk: config.model.bn_groups=8),
+  here it is global.
 
   Command: python -m big_ssl.main --config=configs/swav.py:imagenet --data=IMAGENET_FOLDER
   """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -229,9 +230,16 @@ class Method(abc.ABC):
   def steps_per_epoch(self) -> float:
     return self.num_examples / self.batch_size
 
-  def steps_every(self, interval: Interval) -> range:
-    """0, every, 2 every, ... below `total_steps`: the usual `refresh_steps`."""
-    return range(0, self.total_steps, max(interval.steps(batch_size=self.batch_size, examples=self.num_examples), 1))
+  def steps_every(self, interval: Interval) -> Sequence[int]:
+    """0, every, 2 every, ... below `total_steps`: the usual `refresh_steps`.
+
+    Each is rounded by itself: an epoch is rarely a whole number of steps, and these must not drift away from the data's.
+    """
+    size = {"batch_size": self.batch_size, "examples": self.num_examples}
+    if interval.steps(**size) <= 1 or interval.unit == "steps":
+      return range(0, self.total_steps, max(interval.steps(**size), 1))
+    multiples = (dataclasses.replace(interval, value=i * interval.value).steps(**size) for i in itertools.count())
+    return tuple(itertools.takewhile(lambda step: step < self.total_steps, multiples))
 
   def replace(self, **changes: Any) -> Method:
     return dataclasses.replace(self, **changes)

@@ -71,7 +71,7 @@ def swapped_prediction(
   Codes q carry no gradient; it reaches embeddings and prototypes through the predictions alone.
 
   Args:
-    scores: [V*B, K] products of normalised embeddings and prototypes, crop-major, the assigning crops first.
+    scores: [V*B, K] products of normalized embeddings and prototypes, crop-major, the assigning crops first.
     num_crops: V, at least 2.
     assign_crops: A, at most V.
     epsilon, iterations, queue_scores [A, L, K], use_queue: see `codes`.
@@ -98,13 +98,13 @@ def labeled_cross_entropy(logits: Array, *, labels: Array) -> Array:
   """Softmax cross-entropy, the mean over the rows that have a label; 0 where none has one.
 
   Args:
-    logits: [N, K], any float dtype; computed in float32.
-    labels: [N] integers in 0 ... K - 1, or `IGNORE`.
+    logits: [..., K], any float dtype; computed in float32.
+    labels: [...] integers in 0 ... K - 1, or `IGNORE`.
 
   Returns:
     Scalar, in nats.
   """
   known = labels != IGNORE
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  hit = jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[:, None], axis=-1)[:, 0]
+  hit = jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
   return -jnp.sum(jnp.where(known, hit, 0.0)) / jnp.maximum(jnp.sum(known), 1)

@@ -17,7 +17,7 @@ def sinkhorn(log_q: Array, *, iterations: int = 3) -> Array:
   the logarithm of its sharpened targets; in logs neither overflows, and a prototype that nobody uses gives no 0/0.
 
   Args:
-    log_q: [B, K] logarithms of the unnormalised assignment; under jit over a mesh B is the global batch.
+    log_q: [B, K] logarithms of the unnormalized assignment; under jit over a mesh B is the global batch.
     iterations: at least 1.
 
   Returns:

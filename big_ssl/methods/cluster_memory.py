@@ -5,9 +5,10 @@ then every crop of an image predicts the image's cluster (arXiv 2006.09882, appe
 
   loss = mean_h CE(z C_h^T / tau, label_h)      over all crops, also the one the label came from
 
-The memory is a table by image index, filled as training goes and emptied by each clustering; an image without a row
-(the last partial batch of an epoch) has label -100 and does not count. Before the first epoch it is filled by one pass
-with the untrained network in training mode. Labels are the same for any number of devices.
+The memory is a table by image index, filled as training goes and emptied by each clustering, at the step nearest to the
+start of an epoch; an image without a row (of the batch that two epochs share) has label -100 and does not count. Before
+the first epoch it is filled by one pass with the untrained network in training mode, whose running statistics stay
+(own choice). Labels are the same for any number of devices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from big_ssl.core import health
 from big_ssl.core.method import Extract
@@ -30,6 +30,7 @@ from big_ssl.methods.parts import check_positive
 from big_ssl.models.encoder import encode
 from big_ssl.ops.clustering_scores import normalized_mutual_information, size_entropy
 from big_ssl.ops.host import gather
+from big_ssl.ops.kmeans import first_nonfinite_row
 from big_ssl.ops.normalize import l2_normalize
 
 
@@ -57,7 +58,7 @@ class ClusterMemory(MultiCrop):
   cluster_every: Interval = Interval(1, "epochs")
 
   row_sharded = ("bank", "assignments")
-  accumulation_reason = "batch normalisation needs the whole batch"
+  accumulation_reason = "batch normalization needs the whole batch"
 
   def __post_init__(self):
     super().__post_init__()
@@ -89,14 +90,15 @@ class ClusterMemory(MultiCrop):
     every = self.prototypes(params, extra)
     for h in range(len(self.num_prototypes)):
       prototypes = every[f"head{h}"]
-      logits = scores(z, prototypes) / self.temperature  # [V*B, K]
-      loss += cluster.labeled_cross_entropy(logits, labels=jnp.tile(labels[:, h], self.num_crops)) / len(self.num_prototypes)
+      logits = scores(z, prototypes) / self.temperature  # [V, B, K]
+      loss += cluster.labeled_cross_entropy(logits, labels=jnp.broadcast_to(labels[:, h], logits.shape[:2])) / len(self.num_prototypes)
       if h == 0:
         # An image without a label says nothing about collapse: it counts as spread over all.
         uniform, known = 1.0 / prototypes.shape[0], labels[:, :1] != cluster.IGNORE
         targets = jnp.where(known, jax.nn.one_hot(labels[:, 0], prototypes.shape[0]), uniform)
-        metrics = health.distribution(targets, name="target") | health.distribution(jax.nn.softmax(logits), name="prediction")
-    rows = jax.lax.stop_gradient(z).reshape(self.num_crops, -1, z.shape[-1])[: self.large_crops]  # [A, B, D]
+        predictions = jax.nn.softmax(logits).reshape(-1, prototypes.shape[0])
+        metrics = health.distribution(targets, name="target") | health.distribution(predictions, name="prediction")
+    rows = jax.lax.stop_gradient(z[: self.large_crops])  # [A, B, D]
     metrics |= health.embedding(rows[0]) | {"labeled": jnp.mean(labels[:, 0] != cluster.IGNORE, dtype=jnp.float32)}
     if self.large_crops > 1:
       metrics["agreement"] = health.agreement(rows[0], rows[1])
@@ -105,30 +107,28 @@ class ClusterMemory(MultiCrop):
 
   # 3. Clustering, once per epoch
 
-  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator, mesh: Mesh | None) -> Clustering:
-    """Labels of the rows z [n, D] for one head."""
+  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator) -> Clustering:
+    """Labels of the rows z [n, D] for one head; the mesh is the one in use."""
     raise NotImplementedError
 
   def refresh_steps(self) -> Sequence[int]:
     return self.steps_every(self.cluster_every)
 
   def refresh(self, state: TrainState, extract: Extract, rng: Array) -> tuple[TrainState, dict[str, float]]:
-    if max(self.num_prototypes) > self.num_examples:
-      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: more clusters than the {self.num_examples} training images.")
+    self._check_sizes()
     bank, before = gather(state.extra["bank"]), gather(state.extra["assignments"])
     if not bank.any():
       bank = extract(state, self._first_embeddings, views=self.inputs().views[:1], rng=rng)
+    bad = first_nonfinite_row(bank.reshape(len(bank), -1))
+    if bad is not None:
+      raise UserError(f"clustering at step {int(state.step)}: the embedding of image {bad} is not finite; lower config.optim.lr.")
     seen = np.flatnonzero(bank.any(axis=(1, 2)))
-    if len(seen) < max(self.num_prototypes):
-      raise UserError(
-        f"config.method.num_prototypes={self.num_prototypes}: only {len(seen)} images have been seen since the last clustering; use fewer, or a longer cluster_every."
-      )
-    mesh = jax.sharding.get_mesh()
+    self._check_seen(len(seen))
     generator = np.random.default_rng(np.asarray(jax.random.key_data(rng)))
     labels, metrics, replaced = np.full_like(before, cluster.IGNORE), {}, {}
     for h, count in enumerate(self.num_prototypes):
       z = np.ascontiguousarray(bank[seen, h % self.large_crops])
-      found = self.cluster(state, z, head=h, rng=generator, mesh=None if mesh.empty else mesh)
+      found = self.cluster(state, z, head=h, rng=generator)
       labels[seen, h] = found.labels
       if found.prototypes is not None:
         replaced[f"head{h}"] = found.prototypes
@@ -140,7 +140,23 @@ class ClusterMemory(MultiCrop):
     extra = state.extra | {"assignments": labels, "bank": np.zeros_like(bank)} | ({"prototypes": replaced} if replaced else {})
     return state.replace(extra=extra), metrics | {"labeled": len(seen) / len(bank)}
 
+  def _check_sizes(self) -> None:
+    """What a clustering would refuse, before it starts."""
+    if max(self.num_prototypes) > self.num_examples:
+      raise UserError(f"config.method.num_prototypes={self.num_prototypes}: more clusters than the {self.num_examples} training images.")
+    if len(steps := self.refresh_steps()) > 1:
+      self._check_seen(min(self.num_examples, int(np.diff(steps).min()) * self.batch_size))
+
+  def _check_seen(self, images: int) -> None:
+    if images < max(self.num_prototypes):
+      raise UserError(
+        f"config.method.num_prototypes={self.num_prototypes}: only {images} images are seen from one clustering to the next;"
+        f" use fewer, or a longer config.method.cluster_every={self.cluster_every}."
+      )
+
   def refresh_memory(self) -> dict[str, int]:
+    """Printed before the start, so that a data set too small is refused there."""
+    self._check_sizes()
     rows = 4 * max(self.num_examples, 1) * self.output_dim
     return {"the memory on the host": rows * self.large_crops, "the rows that are clustered": rows}
 

@@ -11,14 +11,13 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from big_ssl.core.method import Method
 from big_ssl.core.types import Array, Extra, Params, Rule, TrainState
 from big_ssl.methods.cluster_memory import Clustering, ClusterMemory
 from big_ssl.methods.multicrop import init_prototypes
 from big_ssl.methods.parts import check_least
-from big_ssl.ops.kmeans import memory, spherical_kmeans
+from big_ssl.ops.kmeans import current_mesh, memory, spherical_kmeans
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +45,16 @@ class DeepClusterV2(ClusterMemory, Method):
     del params
     return jax.lax.stop_gradient(extra["prototypes"])
 
-  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator, mesh: Mesh | None) -> Clustering:
+  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator) -> Clustering:
     """From K rows drawn anew; an empty cluster keeps its centroid, and the last step assigns."""
     del state
     start = z[rng.choice(len(z), self.num_prototypes[head], replace=False)]
-    found = spherical_kmeans(z, centroids=start, iterations=self.kmeans_iterations, mesh=mesh)
+    found = spherical_kmeans(z, centroids=start, iterations=self.kmeans_iterations, mesh=current_mesh())
     return Clustering(found.assignments, found.centroids, {"mean_cosine": float(found.objective[-1]) / len(z)})
 
   def refresh_memory(self) -> dict[str, int]:
-    size = memory(rows=max(self.num_examples, 1), dim=self.output_dim, clusters=max(self.num_prototypes))
-    return super().refresh_memory() | {"k-means on one device": size}
+    size = dict(rows=max(self.num_examples, 1), dim=self.output_dim, clusters=max(self.num_prototypes), devices=jax.device_count())
+    return super().refresh_memory() | {"k-means on each device": memory(**size)}
 
   def param_rules(self) -> tuple[Rule, ...]:
     """One group: biases and BN are adapted and decayed as all else."""

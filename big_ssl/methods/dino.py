@@ -22,14 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_ssl.augment.photometric import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  ColorJitter,
-  GaussianBlur,
-  Grayscale,
-  Solarize,
-)
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Solarize
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.schedules import cosine
@@ -45,7 +38,7 @@ from big_ssl.methods.parts import (
   check_shares,
   normalize,
 )
-from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, crop_major, encode, encode_crops
+from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode, encode_crops
 from big_ssl.models.heads import DINOHead
 from big_ssl.ops.ema import ema
 
@@ -108,7 +101,7 @@ class DINO(Method):
   def __post_init__(self):
     check_least(self, num_prototypes=2, hidden_dim=1, bottleneck_dim=1, head_layers=1, freeze_epochs=0, teacher_warmup_epochs=0)
     check_positive(self, "student_temperature", "teacher_temperature", "teacher_temperature_start")
-    check_shares(self, "center_momentum", "momentum", "momentum_final")
+    check_shares(self, "center_momentum", "momentum", "momentum_final", "solarize", "gray")
     self._check_views()
     epochs = self.total_steps / self.steps_per_epoch if self.num_examples else float("inf")
     if self.teacher_warmup_epochs > max(epochs, 1):
@@ -179,16 +172,14 @@ class DINO(Method):
   # 3. Loss
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
-    # 3.1 Crops, crop-major: the large ones [G*B, H, W, C], then the small ones.
-    groups = [crop_major(batch[name]) for name in ("global1", "global2", "local") if name in batch]
+    # 3.1 Crops [B, V_g, H, W, C]: the large ones, then the small ones.
+    groups = [batch[view.name] for view in self.inputs().views]
     large = groups[: 1 if self.global_views == 1 else 2]
-    images = batch["global1"].shape[0]
 
     # 3.2 Teacher on the large crops, student on all: logits t [G, B, K] and s [V, B, K].
     teacher = encode_crops(as_teacher(self.encoder), extra["teacher"], extra["teacher_batch_stats"], large, train=True)
     student = encode_crops(self.encoder, params["encoder"], extra["batch_stats"], groups, train=True, rng=rng)
-    t = jax.lax.stop_gradient(teacher.out["projection"]).reshape(-1, images, self.num_prototypes)
-    s = student.out["projection"].reshape(-1, images, self.num_prototypes)
+    t, s = jax.lax.stop_gradient(teacher.out["projection"]), student.out["projection"]
 
     # 3.3 Cross-entropy with the center from before this batch; then the center moves.
     tau = self.temperature(step)
@@ -196,7 +187,8 @@ class DINO(Method):
     center = distill.update_center(extra["center"], teacher=t, momentum=self.center_momentum)
 
     metrics = self._health(s, t, center=extra["center"], tau=tau, total=total)
-    metrics |= health.embedding(student.out["pooled"][: t.shape[0] * images])
+    pooled = student.out["pooled"][: len(t)]
+    metrics |= health.embedding(pooled.reshape(-1, pooled.shape[-1]))
     stats = {"batch_stats": student.batch_stats, "teacher_batch_stats": teacher.batch_stats, "center": center}
     return total, (extra | stats, jax.lax.stop_gradient(metrics))
 

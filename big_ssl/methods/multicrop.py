@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from big_ssl.augment.photometric import IMAGENET_MEAN, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core.method import Inputs, View
 from big_ssl.core.types import Array, Extra, Params, PyTree, UserError
-from big_ssl.methods.parts import center_view, check_channels, check_patches, normalize
-from big_ssl.models.encoder import Encoder, crop_major, encode, encode_crops
+from big_ssl.methods.parts import center_view, check_channels, check_patches, check_shares, normalize
+from big_ssl.models.encoder import Encoder, encode, encode_crops
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops.normalize import l2_normalize
 
@@ -24,7 +24,7 @@ SWAV_STD = (0.228, 0.224, 0.225)  # the first value is the released code's, in t
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-  """z [V*B, D], l2-normalised and crop-major over all crops, the large ones first; and the batch statistics afterwards."""
+  """z [V, B, D], l2-normalized, of all crops, the large ones first; and the batch statistics afterwards."""
 
   z: Array
   batch_stats: PyTree
@@ -39,7 +39,7 @@ class MultiCrop:
     large_size, small_size: in pixels; multiples of the backbone's stride (32 for ResNets).
     large_scale, small_scale: share of the image area; two-crop recipes have (.08, 1).
     color_strength: of the jitter, 1 is brightness, contrast, saturation .8 and hue .2; blur, gray: probabilities.
-    mean, std: pixel normalisation.
+    mean, std: pixel normalization.
     hidden_dim, output_dim: of the head, d -> hidden, BN, ReLU -> output; 8192 hidden for the wide networks.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
   """
@@ -64,8 +64,9 @@ class MultiCrop:
       raise UserError(
         f"config.method.large_crops={self.large_crops}, small_crops={self.small_crops}: at least one large crop and two crops in all are needed."
       )
+    check_shares(self, "blur", "gray")
     check_channels(self)
-    check_patches(self, "large_size", "small_size")
+    check_patches(self, *("large_size", "small_size")[: 2 if self.small_crops else 1])
 
   @property
   def num_crops(self) -> int:
@@ -97,7 +98,7 @@ class MultiCrop:
 
   def embed(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array) -> Embedded:
     """All crops in training: a backbone batch per resolution, the head once over all of them."""
-    groups = [crop_major(batch[view.name]) for view in self.inputs().views]
+    groups = [batch[view.name] for view in self.inputs().views]
     encoded = encode_crops(self.encoder, params["encoder"], extra["batch_stats"], groups, train=True, rng=rng)
     return Embedded(l2_normalize(encoded.out["projection"]), encoded.batch_stats)
 
@@ -108,7 +109,7 @@ class MultiCrop:
 
 
 def init_prototypes(rng: Array, counts: tuple[int, ...], *, dim: int) -> dict[str, Array]:
-  """Unit rows [K, D] per head, "head0", "head1", ...: torch's initialization of a linear layer, normalised."""
+  """Unit rows [K, D] per head, "head0", "head1", ...: torch's initialization of a linear layer, normalized."""
   bound = dim**-0.5
   draw = lambda i, count: jax.random.uniform(jax.random.fold_in(rng, i), (count, dim), minval=-bound, maxval=bound)
   return {f"head{i}": l2_normalize(draw(i, count)) for i, count in enumerate(counts)}
@@ -120,7 +121,7 @@ def unit_prototypes(params: Params) -> Params:
 
 
 def scores(z: Array, prototypes: Array) -> Array:
-  """Inner products [N, K] of embeddings [N, D] and prototypes [K, D], in full float32 precision."""
+  """Inner products [..., K] of embeddings [..., D] and prototypes [K, D], in full float32 precision."""
   return jnp.matmul(z, prototypes.T, precision=jax.lax.Precision.HIGHEST)
 
 

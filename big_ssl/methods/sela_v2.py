@@ -5,8 +5,8 @@ transport instead of k-means, and the prototypes are trained by gradient, of uni
 
   Q = argmin <Q, -Z C^T> - epsilon H(Q)   with rows 1/N and columns 1/K;   label_i = argmax_k Q_ik
 
-No code was released. Own choices: epsilon .05, solved in logarithms until prototypes and images are within 1e-3 of their
-shares on average or for 50 sweeps, head h from large crop h mod A, prototypes frozen at the start as in SwAV.
+No code was released. Own choices: epsilon .05, solved in logarithms until an image's factor moves by 1e-3 or less, on
+average, or for 50 sweeps, head h from large crop h mod A, prototypes frozen at the start as in SwAV.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from big_ssl.core.method import Method
 from big_ssl.core.types import Array, Extra, Interval, Params, Rule, TrainState
 from big_ssl.methods.cluster_memory import Clustering, ClusterMemory
 from big_ssl.methods.multicrop import init_prototypes, scores, unit_prototypes
 from big_ssl.methods.parts import check_positive
-from big_ssl.ops.transport import equipartition
+from big_ssl.ops.transport import equipartition, memory, place_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,22 +57,18 @@ class SeLaV2(ClusterMemory, Method):
     del extra
     return params["prototypes"]
 
-  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator, mesh: Mesh | None) -> Clustering:
+  def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator) -> Clustering:
     """The equal partition under the current prototypes; the scores [n, K] are split over the devices by image."""
     del rng
     prototypes = self.project(state.params)["prototypes"][f"head{head}"]
-    count, devices = len(z), 1 if mesh is None else mesh.size
-    padded = np.pad(z, ((0, -count % devices), (0, 0)))
-    if mesh is not None:
-      place = NamedSharding(mesh, P(mesh.axis_names))
-      padded = jax.make_array_from_callback(padded.shape, place, lambda i, rows=padded: rows[i])
-    log_p = jax.jit(scores)(jnp.asarray(padded), prototypes)
+    count = len(z)
+    log_p = jax.jit(scores)(place_rows(z), prototypes)
     found = equipartition(log_p, power=1 / self.epsilon, tolerance=self.tolerance * count, max_iterations=self.max_sweeps, num_rows=count)
     return Clustering(found.labels, metrics={"sweeps": float(found.iterations), "transport_error": found.error / count})
 
   def refresh_memory(self) -> dict[str, int]:
-    size = 4 * max(self.num_examples, 1) * max(self.num_prototypes)
-    return super().refresh_memory() | {"the scores of a head, over all devices": size}
+    size = memory(rows=max(self.num_examples, 1), clusters=max(self.num_prototypes))
+    return super().refresh_memory() | {"the transport of a head, over all devices": size}
 
   def param_rules(self) -> tuple[Rule, ...]:
     """One group, as SwAV."""

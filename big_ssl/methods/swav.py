@@ -76,10 +76,10 @@ class SwAV(MultiCrop, Method):
   # 2. Loss
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
-    # 2.1 Unit embeddings of all crops: z [V*B, D], crop-major, the A assigning crops first.
+    # 2.1 Unit embeddings of all crops: z [V, B, D], the A assigning crops first.
     embedded = self.embed(params, extra, batch, rng)
     z = embedded.z
-    assigning = jax.lax.stop_gradient(z).reshape(self.num_crops, -1, z.shape[-1])[: self.large_crops]  # [A, B, D]
+    assigning = jax.lax.stop_gradient(z[: self.large_crops])  # [A, B, D]
 
     # 2.2 The queue, with the current prototypes, once it is full.
     queue = extra.get("queue")
@@ -89,15 +89,15 @@ class SwAV(MultiCrop, Method):
     outs, loss = [], 0.0
     for h in range(len(self.num_prototypes)):
       prototypes = params["prototypes"][f"head{h}"]
-      s = scores(z, prototypes)  # [V*B, K]
+      s = scores(z, prototypes)  # [V, B, K]
       out = cluster.swapped_prediction(
-        s,
+        s.reshape(-1, s.shape[-1]),
         num_crops=self.num_crops,
         assign_crops=self.large_crops,
         epsilon=self.epsilon,
         iterations=self.sinkhorn_iterations,
         temperature=self.temperature,
-        queue_scores=None if queue is None else jnp.stack([scores(q, prototypes) for q in queue]),
+        queue_scores=None if queue is None else scores(queue, prototypes),
         use_queue=use_queue,
       )
       loss += out.loss / len(self.num_prototypes)

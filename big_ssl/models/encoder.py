@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from big_ssl.core.types import Array, Params, PyTree
+from big_ssl.ops.sharded import over_devices
 
 
 class Encoder(nn.Module):
@@ -40,12 +41,18 @@ class Encoder(nn.Module):
 
   def crops(self, groups: Sequence[Array], *, train: bool, **kwargs: Any) -> dict[str, Array]:
     """One backbone batch per resolution, the head once over all rows; see `encode_crops`."""
-    runs = itertools.groupby(groups, key=lambda images: images.shape[1:])
-    outs = [self.backbone(jnp.concatenate(list(run)), train=train, **kwargs) for _, run in runs]
-    out = {key: jnp.concatenate([o[key] for o in outs]) for key in dict.fromkeys(("pooled", self.output))}
+    images, keys = groups[0].shape[0], dict.fromkeys(("pooled", self.output))
+    split = lambda rows: rows.reshape(images, -1, *rows.shape[1:])  # [B*V, ...] -> [B, V, ...]
+    outs = []
+    for _, run in itertools.groupby(groups, key=lambda views: views.shape[2:]):
+      views = jnp.concatenate(list(run), axis=1)
+      flat = self.backbone(views.reshape(-1, *views.shape[2:]), train=train, **kwargs)
+      outs.append({key: split(flat[key]) for key in keys})
+    out = {key: jnp.concatenate([o[key] for o in outs], axis=1) for key in keys}
     if self.head is not None:
-      out["projection"] = self.head(out[self.output], train=train)
-    return out
+      rows = out[self.output]
+      out["projection"] = split(self.head(rows.reshape(-1, *rows.shape[2:]), train=train))
+    return {key: jnp.swapaxes(value, 0, 1) for key, value in out.items()}
 
 
 def as_teacher(encoder: Encoder) -> Encoder:
@@ -102,23 +109,23 @@ def encode_crops(
   """The multi-crop forward pass of SwAV and DINO (arXiv 2006.09882, 2104.14294; public code).
 
   Consecutive groups of one size are one backbone batch, and the batch statistics pass through the batches in order. The
-  head sees all crops at once: its BN normalizes over every crop of every resolution.
+  head sees all crops at once: its BN normalizes over every crop of every resolution. Inside a batch the crops of an image
+  are neighbors, so that over a mesh each device works on the images it holds, and none is moved.
 
   Args:
-    groups: [N_g, H_g, W_g, C], each crop-major: all images of its first crop, then its second (see `crop_major`).
+    groups: [B, V_g, H_g, W_g, C], one per kind of crop.
     rng: key of stochastic depth; the backbone batches draw independently.
     **kwargs: passed to the backbone for every batch.
 
   Returns:
-    "pooled", the output that the head reads and "projection", [sum N_g, ...], in the order of the groups: with the
-    groups in order of their crops, rows are crop-major over all crops.
+    "pooled", the output that the head reads and "projection", [V, B, ...]: the crops in the order of the groups.
   """
   return _apply(encoder, params, batch_stats, tuple(groups), train=train, rng=rng, method=Encoder.crops, **kwargs)
 
 
 def crop_major(views: Array) -> Array:
-  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1."""
-  return jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:])
+  """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1; over a mesh the rows stay spread evenly."""
+  return over_devices(jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:]))
 
 
 def copy_tree(tree: PyTree) -> PyTree:

@@ -96,13 +96,17 @@ class DINOHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
-    """x: [N, d] -> [N, K] float32 logits, accumulated in float32."""
+    """x: [N, d] -> [N, K] float32 logits, accumulated in float32.
+
+    Temperatures of a few hundredths multiply their errors: in float32 no shorter format is used for the product.
+    """
     hidden = (self.hidden,) * (self.layers - 1)
     options = {"batch_norm": self.batch_norm, "dtype": self.dtype}
     mlp = ProjectionHead(hidden=hidden, output=self.bottleneck, **options, name="mlp")
     y = l2_normalize(mlp(x, train=train)).astype(self.dtype)
     weight = WeightNorm(self.prototypes, self.bottleneck, self.fix_scale, name="last_layer")()
-    return jnp.matmul(y, weight.astype(self.dtype).T, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
+    return jnp.matmul(y, weight.astype(self.dtype).T, precision=precision, preferred_element_type=jnp.float32)
 
 
 class WeightNorm(nn.Module):

@@ -93,10 +93,10 @@ def spherical_kmeans(
 ) -> KMeans:
   """k-means on inner products, from given centroids, then a last E step (arXiv 2006.09882, appendix D.2; public code).
 
-  E: the largest inner product. M: the mean of the members; an EMPTY cluster keeps its centroid; all are l2-normalised.
+  E: the largest inner product. M: the mean of the members; an EMPTY cluster keeps its centroid; all are l2-normalized.
 
   Args:
-    x: [N, D], l2-normalised.
+    x: [N, D], l2-normalized.
     centroids: [K, D], the first ones, used as they are.
     iterations: E and M steps; 0 only assigns.
     mesh, chunk: as in `kmeans`.

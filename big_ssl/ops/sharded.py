@@ -15,9 +15,9 @@ _BATCH_AXES = ("data", "fsdp")
 def over_devices(x: Array) -> Array:
   """The same array, its rows spread evenly over the data and fsdp axes of the mesh in use.
 
-  For batches put together from several: after a concatenation along a split axis the compiler may keep all rows on
-  every device and repeat the work of the network there. Without a mesh, or where the rows do not divide, nothing is
-  asked of it.
+  For batches put together from several: after a concatenation along a split axis, or once it is merged into another, the
+  compiler may keep all rows on every device and repeat the work of the network there. Without a mesh, or where the
+  rows do not divide, nothing is asked of it.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(a for a in _BATCH_AXES if a in mesh.axis_names)

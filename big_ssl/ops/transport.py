@@ -88,6 +88,11 @@ def equipartition(
   return Equipartition(labels, iterations, float(errors[-1]), errors, out["log_r"], sizes, float(out["cost"]))
 
 
+def memory(*, rows: int, clusters: int) -> int:
+  """Bytes at the peak over all devices: the scores, and three arrays of their size that a sweep works with."""
+  return 4 * 4 * rows * clusters
+
+
 def place_rows(rows: np.ndarray) -> Array:
   """The same rows on the devices, split over all of the mesh in use, and zeros after them until they divide.
 

@@ -1,4 +1,4 @@
-"""Key map of DINO's training checkpoints: a student or a teacher, ViT and head, to flax trees and back, bit for bit."""
+"""Key map of DINO's training checkpoints: ViT or ResNet and head, to flax trees and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from big_ssl.core.types import UserError
+from big_ssl.weights.resnet import export_resnet, import_resnet
 from big_ssl.weights.vit import Weights, export_vit, flatten, import_vit, nest
 
 _LEAF = {"weight": "kernel", "bias": "bias"}
@@ -14,19 +15,26 @@ _BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "runni
 _LAST = {"last_layer.weight_g": "last_layer/g", "last_layer.weight_v": "last_layer/v"}
 
 
-def import_dino(state: dict[str, np.ndarray], *, heads: int) -> Weights:
+def import_dino(state: dict[str, np.ndarray], *, heads: int | None = None) -> Weights:
   """The entry "student" or "teacher" of a public checkpoint as trees of `models.encoder.Encoder` with a `DINOHead`.
 
   Args:
     state: names such as "module.backbone.blocks.0.attn.qkv.weight" and "head.mlp.0.weight".
-    heads: attention heads, which the file does not say.
+    heads: attention heads, which the file does not say; needed for a ViT.
 
   Raises:
-    UserError: a tensor that belongs to no known place.
+    UserError: a tensor that belongs to no known place, or a ViT without `heads`.
   """
   state = {name.removeprefix("module."): value for name, value in state.items()}
   head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-  trunk = import_vit({name: value for name, value in state.items() if not name.startswith("head.")}, heads=heads)
+  rest = {name: value for name, value in state.items() if not name.startswith("head.")}
+  if "backbone.conv1.weight" in rest:
+    resnet = import_resnet({name.removeprefix("backbone."): value for name, value in rest.items()})
+    trunk = Weights({"backbone": resnet.params}, {"backbone": resnet.batch_stats})
+  elif heads is None:
+    raise UserError("heads=None: the number of attention heads is needed for a ViT; 6 for ViT-S, 12 for ViT-B.")
+  else:
+    trunk = import_vit(rest, heads=heads)
   top = import_dino_head(head)
   stats = trunk.batch_stats | ({"head": top.batch_stats} if top.batch_stats else {})
   return Weights(trunk.params | {"head": top.params}, stats)
@@ -69,7 +77,11 @@ def export_dino(weights: Weights) -> dict[str, np.ndarray]:
   """The inverse of `import_dino`, without "module."."""
   top = Weights(weights.params["head"], weights.batch_stats.get("head", {}))
   trunk = Weights(*({k: v for k, v in tree.items() if k != "head"} for tree in (weights.params, weights.batch_stats)))
-  out = {f"backbone.{name}": value for name, value in export_vit(trunk).items()}
+  if "conv1" in trunk.params["backbone"]:
+    named = export_resnet(Weights(trunk.params["backbone"], trunk.batch_stats["backbone"]))
+  else:
+    named = export_vit(trunk)
+  out = {f"backbone.{name}": value for name, value in named.items()}
   return out | {f"head.{name}": value for name, value in export_dino_head(top).items()}
 
 

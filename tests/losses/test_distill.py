@@ -161,6 +161,22 @@ def test_entropies_at_their_ends_with_finite_gradients():
   assert bool(jnp.isfinite(jax.grad(lambda p: mean_entropy_deficit(p))(jnp.eye(4)[:1])).all())
 
 
+@pytest.mark.parametrize("views,teachers,batch,prototypes", [(10, 2, 3, 4096), (3, 1, 5, 17), (4, 3, 2, 9), (2, 2, 4, 2)])
+def test_dino_loss_is_the_mean_over_the_pairs_of_different_views(views, teachers, batch, prototypes):
+  rng = np.random.default_rng(views)
+  s, t, c = rng.normal(size=(views, batch, prototypes)), rng.normal(size=(teachers, batch, prototypes)), rng.normal(size=prototypes)
+  log_softmax = lambda x: x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+  p, q = log_softmax(s / 0.2), np.exp(log_softmax((t - c) / 0.07))
+  wanted = np.mean([-np.mean(np.sum(q[i] * p[v], axis=-1)) for i in range(teachers) for v in range(views) if v != i])
+  run = lambda student: float(
+    distill.dino_loss(student, jnp.asarray(t, jnp.float32), center=jnp.asarray(c), student_temperature=0.2, teacher_temperature=0.07)
+  )
+  student = jnp.asarray(s, jnp.float32)
+  assert run(student) == pytest.approx(wanted, rel=1e-5)
+  shift = jnp.asarray(rng.normal(size=(views, batch, 1)), jnp.float32)
+  assert run(student + shift) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_dino_loss_gradient_and_center_match_the_reference_over_three_calls():
   views, batch = int(DINO["ncrops"]), int(DINO["batch"])
   center = jnp.asarray(DINO["centre_before_first"])

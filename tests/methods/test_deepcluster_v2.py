@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from big_ssl.core import health
-from big_ssl.core.types import TrainState, UserError
+from big_ssl.core.types import Interval, TrainState, UserError
 from big_ssl.methods.deepcluster_v2 import DeepClusterV2
 from big_ssl.models.vit import ViT
 from big_ssl.ops.kmeans import spherical_kmeans
@@ -41,7 +41,7 @@ def test_labels_and_centroids_are_the_official_ones(golden, iterations):
   for h in range(len(counts)):
     assert z[f"head{h}/memory_bank"] == h % method.large_crops
     rows = [position[image] for image in index[z[f"head{h}/initial_centroid_rows"]]]
-    found = method.cluster(None, bank[seen, h % 2], head=h, rng=GivenRows([np.array(rows)]), mesh=None)
+    found = method.cluster(None, bank[seen, h % 2], head=h, rng=GivenRows([np.array(rows)]))
     np.testing.assert_allclose(found.prototypes, z[f"iters{iterations}/head{h}/centroids"], atol=1e-5)
     labels[h, seen] = found.labels
   np.testing.assert_array_equal(labels, z[f"iters{iterations}/assignments"])
@@ -116,7 +116,7 @@ def test_all_crops_predict_the_label_and_large_crops_enter_the_memory(tiny):
   labels[[9, 2, 12]] = [[1, 2, 0], [4, 0, 1], [0, 3, 2]]  # image 0 has none
   state = state_of(method, batch, assignments=jnp.asarray(labels))
   loss, (extra, metrics) = jax.jit(method.loss)(state.params, state.extra, batch, jax.random.key(1), state.step)
-  z = method.embed(state.params, state.extra, batch, jax.random.key(1)).z.reshape(3, 4, 8)
+  z = method.embed(state.params, state.extra, batch, jax.random.key(1)).z
   wanted = []
   for h in range(3):
     log_p = jax.nn.log_softmax(z @ state.extra["prototypes"][f"head{h}"].T / 0.1)
@@ -147,10 +147,45 @@ def test_more_clusters_than_images_is_a_clear_error(tiny):
   with pytest.raises(UserError, match=r"num_prototypes=\(14,\): more clusters than the 13 training images"):
     method.replace(num_prototypes=(14,)).refresh(state_of(method, batch), no_pass, jax.random.key(0))
   state = state_of(method, batch, bank=jnp.asarray(unit_bank(method, np.arange(4))))
-  with pytest.raises(UserError, match="only 4 images have been seen"):
+  with pytest.raises(UserError, match="only 4 images are seen from one clustering to the next.*cluster_every=1epochs"):
     method.refresh(state, no_pass, jax.random.key(0))
   with pytest.raises(UserError, match="kmeans_iterations=0"):
     method.replace(kmeans_iterations=0)
+
+
+def test_sizes_that_no_clustering_takes_are_refused_before_the_start(tiny):
+  method, _ = tiny
+  with pytest.raises(UserError, match=r"num_prototypes=\(14,\): more clusters than the 13 training images"):
+    method.replace(num_prototypes=(14,)).refresh_memory()
+  with pytest.raises(UserError, match=r"num_prototypes=\(13,\): only 12 images are seen.*cluster_every=1epochs"):
+    method.replace(num_prototypes=(13,)).refresh_memory()
+  assert method.replace(num_prototypes=(13,), total_steps=3).refresh_memory()  # the only clustering has all images
+
+
+def test_an_embedding_that_is_not_finite_names_the_image(tiny):
+  method, batch = tiny
+  bank = unit_bank(method, np.arange(13))
+  bank[7, 1, 2] = np.nan
+  with pytest.raises(UserError, match="the embedding of image 7 is not finite"):
+    method.refresh(state_of(method, batch, bank=jnp.asarray(bank)), no_pass, jax.random.key(0))
+
+
+def test_clusterings_stay_at_the_starts_of_the_epochs():
+  """312.78 steps an epoch: at multiples of 313 the last clustering would come 172 steps late, in mid-epoch."""
+  method = DeepClusterV2(num_examples=1_281_167, batch_size=4096, total_steps=250_228)
+  steps = np.array(method.refresh_steps())
+  assert len(steps) == 800
+  np.testing.assert_allclose(steps, np.arange(800) * method.steps_per_epoch, atol=0.5)
+  assert list(method.replace(cluster_every=Interval(100_000, "steps")).refresh_steps()) == [0, 100_000, 200_000]
+
+
+def test_equal_embeddings_are_judged_a_collapse_though_their_labels_are_spread(tiny):
+  method, batch = tiny
+  same = {k: jnp.broadcast_to(v[:1, :1, :1, :1], v.shape) for k, v in batch.items() if k != "index"} | {"index": batch["index"]}
+  state = state_of(method, batch, assignments=jnp.arange(39, dtype=jnp.int32).reshape(13, 3) % 3)
+  _, (_, metrics) = method.loss(state.params, state.extra, same, jax.random.key(1), state.step)
+  verdict = health.judge({k: float(v) for k, v in metrics.items()}, thresholds=health.HealthConfig())
+  assert verdict.state == "collapsed" and "constant embedding" in verdict.message
 
 
 def test_one_cluster_for_all_is_judged_a_collapse(tiny):

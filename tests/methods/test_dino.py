@@ -299,6 +299,15 @@ def test_a_convolutional_teacher_normalizes_by_its_batch_and_keeps_its_own_stati
   assert jax.tree.all(jax.tree.map(np.array_equal, after["teacher_batch_stats"], new["teacher_batch_stats"]))
 
 
+def test_a_convolutional_checkpoint_goes_out_and_in_bit_for_bit():
+  _, params, extra, _ = make(ResNet(depth=18, stem="cifar", blocks=(1, 1), stem_width=4), head_batch_norm=True)
+  state = export_dino(Weights(params["encoder"], extra["batch_stats"]))
+  assert {"backbone.conv1.weight", "backbone.layer1.0.bn1.running_mean", "head.mlp.1.running_var", "head.last_layer.weight_g"} <= set(state)
+  again = import_dino({f"module.{k}": v for k, v in state.items()})
+  for mine, wanted in ((again.params, params["encoder"]), (again.batch_stats, extra["batch_stats"])):
+    assert jax.tree.all(jax.tree.map(np.array_equal, mine, dict(wanted)))
+
+
 def test_the_teacher_follows_the_new_student_by_the_cosine_of_the_momentum(tiny):
   method, params, extra, _ = tiny
   moved = {"encoder": jax.tree.map(lambda x: x + 1.0, params["encoder"])}
@@ -359,6 +368,7 @@ def test_a_collapse_to_one_dimension_is_seen(tiny):
     (dict(teacher_warmup_epochs=6), "teacher_warmup_epochs=6: longer than the training, 5 epochs"),
     (dict(teacher_temperature=0.0), "teacher_temperature=0.0"),
     (dict(center_momentum=1.5), "center_momentum=1.5"),
+    (dict(solarize=-0.1), "solarize=-0.1"),
     (dict(mean=(0.5,)), "3 channels"),
   ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from big_ssl.core import health
 from big_ssl.core.types import Interval, TrainState, UserError
 from big_ssl.methods.sela_v2 import SeLaV2
 from big_ssl.models.vit import ViT
@@ -77,6 +78,32 @@ def test_prototypes_get_a_gradient_and_are_frozen_at_the_start(tiny):
   assert rule.pattern == "^prototypes/" and rule.freeze_until == Interval(7, "steps")
   long = {"head0": 3 * state.params["prototypes"]["head0"]}
   np.testing.assert_allclose(method.project({"prototypes": long})["prototypes"]["head0"], long["head0"] / 3, atol=1e-6)
+
+
+def test_equal_embeddings_are_judged_a_collapse_though_their_labels_are_an_equal_partition(tiny):
+  method, batch, state = tiny
+  extra = jax.tree.map(jnp.asarray, method.refresh(state, no_pass, jax.random.key(0))[0].extra)
+  same = {k: jnp.broadcast_to(v[:1, :1, :1, :1], v.shape) for k, v in batch.items() if k != "index"} | {"index": batch["index"]}
+  judge = lambda images: health.judge(
+    {k: float(v) for k, v in method.loss(state.params, extra, images, jax.random.key(1), state.step)[1][1].items()},
+    thresholds=health.HealthConfig(),
+  )
+  verdict = judge(same)
+  assert verdict.state == "collapsed" and "constant embedding" in verdict.message
+  assert judge(batch).state != "collapsed"
+
+
+def test_a_repeated_refresh_gives_the_same_state(tiny):
+  method, _, state = tiny
+  first, again = (method.refresh(state, no_pass, jax.random.key(i))[0].extra for i in (0, 1))  # no draw is made
+  np.testing.assert_array_equal(first["assignments"], again["assignments"])
+
+
+def test_more_clusters_than_images_are_refused_before_the_start(tiny):
+  method = tiny[0]
+  with pytest.raises(UserError, match=r"num_prototypes=\(5, 62\): more clusters than the 61"):
+    method.replace(num_prototypes=(5, 62)).refresh_memory()
+  assert method.refresh_memory()["the transport of a head, over all devices"] == 16 * 61 * 5
 
 
 @pytest.mark.parametrize("field", ["epsilon", "tolerance", "max_sweeps"])

@@ -46,16 +46,38 @@ def test_the_official_network_is_reproduced(golden):
   weights = import_swav(state)
   hidden, output = state["projection_head.0.weight"].shape[0], state["prototypes.weight"].shape[1]
   encoder = SwAV(model=tiny_resnet(state), hidden_dim=hidden, output_dim=output).encoder
-  groups = [nhwc(z[f"input/{size}"].reshape(-1, 3, size, size)) for size in (48, 32)]
+  groups = [nhwc(z[f"input/{size}"]).swapaxes(0, 1) for size in (48, 32)]  # [B, V, H, W, C]
   for mode in ("eval", "train"):
     encoded = encode_crops(encoder, weights.params["encoder"], weights.batch_stats, groups, train=mode == "train")
-    embedding = l2_normalize(encoded.out["projection"])
+    embedding = l2_normalize(encoded.out["projection"]).reshape(-1, output)
     np.testing.assert_allclose(embedding, z[f"output/{mode}/embedding"], atol=1e-4)
     np.testing.assert_allclose(scores(embedding, weights.params["prototypes"]["head0"]), z[f"output/{mode}/scores"], atol=1e-4)
     if mode == "eval":
-      np.testing.assert_allclose(encoded.out["pooled"], z["output/eval/pooled_features"], atol=1e-4)
+      np.testing.assert_allclose(encoded.out["pooled"].reshape(15, -1), z["output/eval/pooled_features"], atol=1e-4)
   after = export_swav(Weights(weights.params, encoded.batch_stats))
   for name, value in state_of(z, "state_after_train").items():
+    np.testing.assert_allclose(after[name], value, atol=1e-4, err_msg=name)
+
+
+def test_the_official_wide_network_is_reproduced(golden):
+  """Twice the channels everywhere, as in w2; the stem's 16 channels are 8 * 2."""
+  z = golden("resnet_swav_wide_multicrop")
+  state = state_of(z, "state")
+  weights = import_swav(state)
+  model = ResNet(depth=50, blocks=(1, 1, 1, 1), stem_width=8, width=2, width_per_group=8)
+  hidden, output = state["projection_head.0.weight"].shape[0], state["prototypes.weight"].shape[1]
+  encoder = SwAV(model=model, hidden_dim=hidden, output_dim=output).encoder
+  groups = [nhwc(z[f"input/{name}"]).swapaxes(0, 1) for name in ("large", "small")]
+  for mode in ("eval", "train"):
+    encoded = encode_crops(encoder, weights.params["encoder"], weights.batch_stats, groups, train=mode == "train")
+    embedding = l2_normalize(encoded.out["projection"])
+    np.testing.assert_allclose(embedding.reshape(-1, output), z[f"output/{mode}/embedding"], atol=1e-4)
+    found = scores(embedding, weights.params["prototypes"]["head0"])
+    np.testing.assert_allclose(found.reshape(len(embedding) * 2, -1), z[f"output/{mode}/prototype_scores"], atol=1e-4)
+    if mode == "eval":
+      np.testing.assert_allclose(encoded.out["pooled"][0], z["output/eval/backbone_large0"], atol=1e-4)
+  after = export_swav(Weights(weights.params, encoded.batch_stats))
+  for name, value in state_of(z, "output/train/new_state").items():
     np.testing.assert_allclose(after[name], value, atol=1e-4, err_msg=name)
 
 
@@ -89,6 +111,20 @@ def test_larc_adapts_every_tensor_as_the_official_optimizer(golden):
       np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{step} {name}")
     for name, value in state_of(z, f"step{step}/momentum").items():
       np.testing.assert_allclose(opt_state["momentum"][name], value, rtol=1e-5, atol=1e-7, err_msg=f"{step} {name}")
+
+
+def test_larc_leaves_zero_tensors_and_zero_gradients_raw(golden):
+  """SEER's runs of the same rule: parameter 3 starts at zero, the first gradient of parameter 1 is zero."""
+  z = golden("seer_larc")
+  config = OptimConfig(name="larc", schedule="constant", lr=0.3, momentum=0.9, weight_decay=1e-5, trust_coefficient=0.001)
+  params = {f"{i}": jnp.asarray(z[f"param_{i}_noclip"][0]) for i in range(4)}
+  optimizer = make_optimizer(config, params=params, rules=SwAV().param_rules(), total_steps=3, batch_size=1, examples=1)
+  opt_state = optimizer.init(params)
+  for step in range(3):
+    updated = optimizer.apply(params, {k: jnp.asarray(z[f"grad_{k}_step{step}"]) for k in params}, opt_state, jnp.int32(step))
+    params, opt_state = updated.params, updated.opt_state
+    for k, value in params.items():
+      np.testing.assert_allclose(value, z[f"param_{k}_noclip"][step + 1], rtol=1e-5, atol=1e-6, err_msg=f"{step} {k}")
 
 
 def test_the_learning_rate_is_the_official_schedule(golden):
@@ -214,7 +250,7 @@ def test_embeddings_of_large_crops_alone_enter_the_queue(tiny):
   assert extra["queue"].shape == (2, 8, 8) and metrics["queue_used"] == 0
   params, start = queued.init(jax.random.key(0), batch)
   z = queued.embed(params, start, batch, jax.random.key(1)).z
-  np.testing.assert_allclose(extra["queue"][:, :4], z[:8].reshape(2, 4, 8), atol=1e-5)
+  np.testing.assert_allclose(extra["queue"][:, :4], z[:2], atol=1e-5)
   assert not np.any(extra["queue"][:, 4:])
   _, (late, _) = loss_of(method.replace(queue_size=8, queue_start=Interval(3, "steps")), batch, step=2)
   assert not np.any(late["queue"])
@@ -283,8 +319,13 @@ def test_equal_features_are_judged_a_collapse(tiny):
     ({"large_crops": 1, "small_crops": 0}, "two crops in all"),
     ({"small_size": 12}, "small_size=12.*config.model.patch=8"),
     ({"std": (0.2,)}, "3 channels"),
+    ({"gray": 1.2}, "gray=1.2"),
   ],
 )
 def test_impossible_options_are_clear_errors(tiny, changes, message):
   with pytest.raises(UserError, match=message):
     tiny[0].replace(**changes)
+
+
+def test_a_crop_size_that_no_crop_has_is_not_checked(tiny):
+  assert tiny[0].replace(small_crops=0, small_size=12).inputs().views

@@ -1,9 +1,13 @@
 """The DINO head against the public code, its weight normalization, its precision, and the multi-crop forward pass."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from big_ssl.models.encoder import Encoder, crop_major, encode, encode_crops
 from big_ssl.models.heads import DINOHead
@@ -90,6 +94,15 @@ def test_half_precision_logits_are_accumulated_in_float32():
   assert y.dtype == jnp.float32 and not np.array_equal(y, y.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+def test_float32_logits_are_a_product_of_full_precision():
+  x = jnp.ones((6, 12))
+  head = DINOHead(40, hidden=16, bottleneck=64)
+  variables = head.init(jax.random.key(1), x, train=False)
+  products = [e for e in jax.make_jaxpr(lambda v: head.apply(v, x, train=False))(variables).eqns if e.primitive.name == "dot_general"]
+  assert products[-1].outvars[0].aval.shape == (6, 40)
+  assert products[-1].params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
 BACKBONES = {
   "vit": ViT(variant="custom", width=24, depth=2, heads=2, mlp_dim=48, patch=8, image_size=32),
   "resnet": ResNet(depth=18, stem="cifar", blocks=(1, 1), stem_width=4),
@@ -98,27 +111,27 @@ BACKBONES = {
 
 def crops(*, sizes=(32, 16), counts=(2, 3), images=4):
   keys = jax.random.split(jax.random.key(3), len(sizes))
-  return [jax.random.normal(k, (n * images, s, s, 3)) for k, s, n in zip(keys, sizes, counts, strict=True)]
+  return [jax.random.normal(k, (images, n, s, s, 3)) for k, s, n in zip(keys, sizes, counts, strict=True)]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_crops_go_through_the_backbone_by_size_and_through_the_head_at_once(backbone):
   encoder = Encoder(backbone=BACKBONES[backbone], head=DINOHead(12, hidden=16, bottleneck=8, batch_norm=True))
   groups = crops()
-  variables = encoder.init(jax.random.key(0), groups[0], train=False)
+  variables = encoder.init(jax.random.key(0), groups[0][:, 0], train=False)
   params, stats = variables["params"], variables["batch_stats"]
   got = encode_crops(encoder, params, stats, groups, train=True)
 
   trunk, running, pooled = Encoder(backbone=encoder.backbone), {k: v for k, v in stats.items() if k == "backbone"}, []
-  for images in groups:  # one backbone batch per resolution, statistics in order
-    out = encode(trunk, {"backbone": params["backbone"]}, running, images, train=True)
+  for views in groups:  # one backbone batch per resolution, statistics in order
+    out = encode(trunk, {"backbone": params["backbone"]}, running, crop_major(views), train=True)
     running, pooled = out.batch_stats, [*pooled, out.out["pooled"]]
   pooled = jnp.concatenate(pooled)
   logits, head = encoder.head.apply(
     {"params": params["head"], "batch_stats": stats["head"]}, pooled, train=True, mutable=["batch_stats"]
   )
-  np.testing.assert_allclose(got.out["pooled"], pooled, atol=1e-5)
-  np.testing.assert_allclose(got.out["projection"], logits, atol=1e-5)
+  np.testing.assert_allclose(got.out["pooled"], pooled.reshape(5, 4, -1), atol=1e-5)
+  np.testing.assert_allclose(got.out["projection"], logits.reshape(5, 4, -1), atol=1e-5)
   expected = dict(running) | {"head": head["batch_stats"]}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(got.batch_stats), expected)
 
@@ -126,11 +139,28 @@ def test_crops_go_through_the_backbone_by_size_and_through_the_head_at_once(back
 def test_consecutive_groups_of_one_size_are_one_backbone_batch():
   encoder = Encoder(backbone=BACKBONES["resnet"], head=DINOHead(12, hidden=16, bottleneck=8))
   groups = crops(sizes=(16, 16, 8), counts=(1, 2, 1))
-  variables = encoder.init(jax.random.key(0), groups[0], train=False)
+  variables = encoder.init(jax.random.key(0), groups[0][:, 0], train=False)
   run = lambda groups: encode_crops(encoder, variables["params"], variables["batch_stats"], groups, train=True)
-  split, merged = run(groups), run([jnp.concatenate(groups[:2]), groups[2]])
+  split, merged = run(groups), run([jnp.concatenate(groups[:2], axis=1), groups[2]])
   np.testing.assert_array_equal(split.out["projection"], merged.out["projection"])
   jax.tree.map(np.testing.assert_array_equal, split.batch_stats, merged.batch_stats)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_each_device_works_on_its_own_images(mesh8, backbone):
+  """The compiler neither repeats the network on every device nor moves crops between them."""
+  encoder = Encoder(backbone=BACKBONES[backbone], head=DINOHead(12, hidden=16, bottleneck=8, batch_norm=True))
+  groups = crops(images=8)
+  variables = encoder.init(jax.random.key(0), groups[0][:, 0], train=False)
+  run = lambda params, groups: encode_crops(encoder, params, variables["batch_stats"], groups, train=True).out["projection"]
+  alone = jax.jit(run).lower(variables["params"], groups).compile()
+  with jax.set_mesh(mesh8):
+    placed = jax.device_put(groups, NamedSharding(mesh8, P(("data", "fsdp"))))
+    split = jax.jit(run).lower(variables["params"], placed).compile()
+  assert split.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 6
+  moved = [line for line in split.as_text().splitlines() if re.search(r"(all-gather|all-to-all|collective-permute)\(", line)]
+  assert not [line for line in moved if re.search(r"\[[\d,]*(32,32|16,16),3\]", line)], moved
+  np.testing.assert_allclose(split(variables["params"], placed), alone(variables["params"], groups), atol=1e-4)
 
 
 def test_crop_major_puts_all_images_of_a_crop_together():
