@@ -17,7 +17,7 @@ def pick(method: str, recipe: str, *recipes: Callable[[], dict]) -> ml_collectio
   return ml_collections.ConfigDict(table[recipe]())
 
 
-def sprites_run(*, total: str = "1400steps") -> dict:
+def sprites_run(*, total: str = "700steps") -> dict:
   """Top-level keys of an embedded run: 8,192 images of 48 px, batch 128, k-NN beside random weights and raw pixels."""
   return dict(
     seed=0,
@@ -26,7 +26,7 @@ def sprites_run(*, total: str = "1400steps") -> dict:
     log_every="50steps",
     data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
     checkpoint=dict(every="350steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="700steps", baselines=True), linear=dict()),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True), linear=dict()),
   )
 
 

@@ -20,7 +20,7 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  """The default: embedded data, about five minutes on two CPU cores."""
+  """The default: embedded data, about three minutes on two CPU cores."""
   return common.sprites_run() | dict(
     method=dict(
       name="msn",
@@ -33,7 +33,7 @@ def sprites() -> dict:
       momentum=0.98,
       eval_fraction=1.0,
     ),
-    model=common.sprites_vit(patch_init="msn", pos_rule="msn"),
+    model=common.sprites_vit(pos_rule="msn"),
     optim=optimizer(lr=2e-3, start_lr=2e-4, warmup="50steps"),
   )
 

@@ -18,7 +18,7 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 def sprites() -> dict:
   """Embedded data; AdamW as usual for ViTs; labels anew every epoch of 64 updates."""
   return common.sprites_run() | dict(
-    method=dict(name="sela_v2", num_prototypes=(24, 24, 24), freeze_prototypes="1epochs", **swav.sprites_crops(small=4)),
+    method=dict(name="sela_v2", num_prototypes=(128, 128, 128), freeze_prototypes="1epochs", **swav.sprites_crops(small=4)),
     model=common.sprites_vit(),
     optim=dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0),
   )

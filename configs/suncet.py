@@ -1,6 +1,6 @@
 """SuNCEt, contrastive learning from a few labels (arXiv 2006.10803; arXiv 2104.13963, Appendix C).
 
-  configs/suncet.py             the embedded sprites, a small ViT from fresh weights, 20 labels per class
+  configs/suncet.py             the embedded sprites, a small ViT from fresh weights, 100 labels per class
   configs/suncet.py:cifar10     the released fine-tuning of PAWS on CIFAR-10's 4,000 labels
 
 Command: python -m big_ssl.main --config=configs/suncet.py
@@ -16,13 +16,13 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  """Embedded data, 200 labels: the yardstick of configs/paws.py, the same labels without the unlabeled images."""
-  run = common.sprites_run(total="350steps")
+  """Embedded data, 1,000 labels: the yardstick of configs/paws.py, the same labels without the unlabeled images."""
+  run = common.sprites_run()
   method = dict(
     name="suncet",
     classes_per_step=10,
     images_per_class=16,
-    labels_per_class=20,
+    labels_per_class=100,
     output_dim=64,
     hidden_dim=256,
     fixed_statistics=False,

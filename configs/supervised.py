@@ -18,7 +18,7 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  return common.sprites_run(total="400steps") | dict(
+  return common.sprites_run() | dict(
     method=dict(name="supervised", size=32, scale=(0.3, 1.0), color_strength=0.5, eval_fraction=1.0),
     model=common.sprites_vit(),
     optim=dict(name="adamw", lr=1e-3, warmup="40steps", weight_decay=0.1, clip=1.0),

@@ -20,14 +20,19 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  """Embedded data; AdamW as usual for ViTs. The queue lifts the 128 rows of a batch above the 64 prototypes ten times over."""
+  """Embedded data; AdamW as usual for ViTs. The queue adds 512 rows to the 128 of a batch, for 256 prototypes.
+
+  There are many more prototypes than dimensions: with 64 in 64 dimensions the embeddings find a direction that is
+  orthogonal to all of them, where the loss is ln K for good.
+  """
   return common.sprites_run() | dict(
     method=dict(
       name="swav",
-      num_prototypes=(64,),
+      num_prototypes=(256,),
+      epsilon=0.03,
       freeze_prototypes="1epochs",
       queue_size=512,
-      queue_start="1epochs",
+      queue_start="2epochs",
       **sprites_crops(small=4),
     ),
     model=common.sprites_vit(),
@@ -105,7 +110,7 @@ def sprites_crops(*, small: int) -> dict:
     small_scale=(0.1, 0.3),
     color_strength=0.5,
     hidden_dim=256,
-    output_dim=64,
+    output_dim=32,
     eval_fraction=1.0,
   )
 
