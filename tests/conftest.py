@@ -16,6 +16,15 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+  """Compiled functions of a file are dropped after it: hundreds of small networks would keep gigabytes."""
+  yield
+  import jax
+
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
   """golden("msn_loss") -> the arrays of tests/goldens/msn_loss.npz by key."""
