@@ -20,7 +20,7 @@ from big_ssl.setup import Run, make_pipeline
 
 
 class Extractor:
-  """Features under the method's evaluation view, for the current weights or the random initialisation.
+  """Features under the method's evaluation view, for the current weights or the random initialization.
 
   Features that do not depend on the training (pixels, random weights) are computed once.
   """

@@ -81,7 +81,7 @@ def imagenet_b16() -> dict:
 def imagenet_l7() -> dict:
   """ViT-L/7, 200 epochs on 18 p4d nodes (144 A100), masking 0.7: 75.1 with 1 % of the labels, 80.7 linear.
 
-  Focal views are 98 px, the multiple of 7 next to the 96 of the other recipes. Blocks are scanned and rematerialised, in bfloat16.
+  Focal views are 98 px, the multiple of 7 next to the 96 of the other recipes. Blocks are scanned and rematerialized, in bfloat16.
   """
   model = dict(variant="L", patch=7, scan=True, remat="full", dtype="bfloat16")
   return _imagenet(epochs=200, patch_drop=0.7, model=model, focal_size=98) | dict(mesh=dict(fsdp=8))

@@ -1,7 +1,7 @@
 """Pixel operations on one image, [H, W, C] float32 in [0, 1], as pure functions; nothing here is random.
 
 What torchvision does through PIL happens on 8-bit integers that are truncated after every operation; here nothing is
-rounded but the mean of `contrast_luma`, so single operations agree within one grey level (saturation 2, hue 1.5 in the
+rounded but the mean of `contrast_luma`, so single operations agree within one gray level (saturation 2, hue 1.5 in the
 mean: PIL keeps the hue in 8 bits as well). On images with one channel, gray already, saturation, hue and grayscale do
 nothing. Functions that need colors take 1 or 3 channels.
 """
@@ -47,7 +47,7 @@ def mean_level(gray: Array) -> Array:
 
 
 def contrast_luma(image: Array, factor: Array | float) -> Array:
-  """Blends with the mean of the gray image, rounded to a grey level, as PIL and torchvision do."""
+  """Blends with the mean of the gray image, rounded to a gray level, as PIL and torchvision do."""
   mean = mean_level(luma(image))
   return mean + factor * (image - mean)
 

@@ -178,7 +178,7 @@ class Grayscale(Operation):
 class GaussianBlur(Operation):
   """A Gaussian of a random standard deviation, with probability `p`.
 
-  PIL's blur of the same radius is three box blurs that stand for this Gaussian: they agree to 1.5 grey levels in the
+  PIL's blur of the same radius is three box blurs that stand for this Gaussian: they agree to 1.5 gray levels in the
   mean, not at every pixel.
 
   Attributes:

@@ -22,7 +22,7 @@ def cut(
   """Crops `box`, resizes it to `size` with the antialiasing of PIL, flips it left-right where asked.
 
   PIL rounds and clips to 8 bits between the two axes; here nothing is rounded and only the result is clipped, which
-  is within 1 grey level of it for "bilinear" and 3 for "bicubic".
+  is within 1 gray level of it for "bilinear" and 3 for "bicubic".
 
   Args:
     canvas: [B, Hc, Wc, C] uint8, uint16 (full scale is 1), or float in [0, 1]; the image is at the top left.
@@ -34,7 +34,7 @@ def cut(
     antialias: False reads the nearest pixels only, as tf.image.resize does by default.
     sizes: [B, 2] height and width of the image on the canvas. None resizes the crop (training, `crop` other than
       "center"); given, the filter reads the image around the box too, as resizing the image and then cutting the
-      crop does (`crop="center"`; without it the outermost pixels are up to 5 grey levels off, inside 1).
+      crop does (`crop="center"`; without it the outermost pixels are up to 5 gray levels off, inside 1).
 
   Returns:
     [B, V, h, w, C] float32 in [0, 1].
@@ -50,7 +50,7 @@ def cut(
   weights_x = axis_weights(
     box[..., 1], box[..., 3], size=width, canvas=canvas.shape[2], limit=limits[1], flip=flip, **options
   )
-  precision = jax.lax.Precision.HIGHEST  # TF32 and bf16 products lose grey levels
+  precision = jax.lax.Precision.HIGHEST  # TF32 and bf16 products lose gray levels
   rows = jnp.einsum("bvyh,bchw->bvycw", weights_y, image, precision=precision)
   views = jnp.einsum("bvycw,bvxw->bvycx", rows, weights_x, precision=precision)
   return jnp.clip(jnp.moveaxis(views, -2, -1), 0.0, 1.0)

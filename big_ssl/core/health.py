@@ -37,7 +37,7 @@ def distribution(probabilities: Array, *, name: str) -> Metrics:
 
 
 def embedding(z: Array) -> Metrics:
-  """Spread of l2-normalised embeddings [N, D].
+  """Spread of l2-normalized embeddings [N, D].
 
   Returns:
     "rank": effective rank, the participation ratio (tr C)^2 / tr(C^2) of the covariance C; between 1 and min(N - 1, D),
@@ -140,7 +140,7 @@ def _embeddings(metrics: Mapping[str, float], t: HealthConfig) -> list[Verdict]:
       Verdict(
         "collapsed" if std < 0.1 * t.min_std else "warning",
         f"constant embedding: all images get nearly the same one (deviation {std:.4f}, healthy is about 1).",
-        "Check that something forbids it: a teacher that moves slowly, batch normalisation in the head, negatives or a"
+        "Check that something forbids it: a teacher that moves slowly, batch normalization in the head, negatives or a"
         " regularizer; and lower the learning rate.",
       )
     ]

@@ -1,4 +1,4 @@
-"""The protocol of a self-supervised system: what it wants to see, what it minimises, what it remembers."""
+"""The protocol of a self-supervised system: what it wants to see, what it minimizes, what it remembers."""
 
 from __future__ import annotations
 

@@ -211,8 +211,9 @@ def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, ra
 def clip_gradients(grads: Params, tensors: tuple[Tensor, ...], *, limit: float, by: str) -> Params:
   """Scales gradients to at most `limit`: by their one "global" norm, or each "tensor" by its own.
 
-  Query, key and value of one attention have one norm, since DINO and iBOT, which clip by tensor, keep them in one. The coefficient is limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ has it. Tensors whose rule
-  says clip=False neither count in the global norm nor are scaled.
+  Query, key and value of one attention have one norm, since DINO and iBOT, which clip by tensor, keep them in one. The
+  coefficient is limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ has it. Tensors whose rule says
+  clip=False neither count in the global norm nor are scaled.
   """
   if not limit:
     return grads

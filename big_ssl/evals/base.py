@@ -34,7 +34,7 @@ class Features:
 class Extract(Protocol):
   """Features of a whole split under the method's evaluation view.
 
-  `output` is a key of `Method.features`, or "pixels", the view itself; `weights` "random" is the initialisation.
+  `output` is a key of `Method.features`, or "pixels", the view itself; `weights` "random" is the initialization.
   """
 
   def __call__(
@@ -77,7 +77,7 @@ class Pair:
 
 
 def pairs(extract: Extract, *, output: str, baselines: bool) -> Iterator[Pair]:
-  """The current features, then the yardsticks: the random initialisation and standardised raw pixels.
+  """The current features, then the yardsticks: the random initialization and standardized raw pixels.
 
   Images without a label (None, or -1) are left out; nothing is yielded where that leaves none.
 

@@ -20,10 +20,10 @@ class Knn(Evaluator):
   script credits others in the order of a sort).
 
   Attributes:
-    k: neighbours; several values share one search.
+    k: neighbors; several values share one search.
     temperature: T of the weights exp(cosine / T).
     max_bank: use only so many training images, drawn once and for all; 0 is all.
-    baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
+    baselines: also report the same protocol on standardized raw pixels and on the random initialization.
   """
 
   k: int | tuple[int, ...] = 20
@@ -55,7 +55,7 @@ class Knn(Evaluator):
   def _bank_rows(self, count: int) -> np.ndarray:
     size = min(count, self.max_bank or count)
     if max(self.ks) > size:
-      raise UserError(f"config.evals.knn.k={max(self.ks)}: more neighbours than the {size} images of the bank.")
+      raise UserError(f"config.evals.knn.k={max(self.ks)}: more neighbors than the {size} images of the bank.")
     # Drawn, not the first: folders are sorted by class.
     return np.arange(count) if size == count else np.sort(np.random.default_rng(0).permutation(count)[:size])
 
@@ -75,7 +75,7 @@ class Knn(Evaluator):
     source = f", {pair.held_out.source}" if pair.held_out.source else ""
     return (
       f"weighted k-NN, cosine, k={','.join(map(str, self.ks))}, T={self.temperature:g}, output '{self.output}'"
-      f" ({pair.train.features.shape[1]} dimensions, l2-normalised) of the evaluation view without augmentation,"
+      f" ({pair.train.features.shape[1]} dimensions, l2-normalized) of the evaluation view without augmentation,"
       f" bank {bank} of {len(pair.train.features)} training images,"
       f" {len(pair.held_out.features)} held-out queries{source}"
     )

@@ -16,13 +16,13 @@ from big_ssl.evals.lowshot import fit_logistic
 class LinearProbe(Evaluator):
   """Multinomial logistic regression by L-BFGS, on the host, to convergence; top-1 in percent.
 
-  Each dimension is standardised by the training features, and a constant one is added. The penalty is chosen among
+  Each dimension is standardized by the training features, and a constant one is added. The penalty is chosen among
   `l2` by the accuracy on every tenth training image, then all are fitted. Own choice; the published linear probes are
   SGD runs with augmentation, whose figures are other ones. Memory is 8 (D + 1) bytes per image.
 
   Attributes:
     l2: candidates of lambda; the penalty is lambda / (2 n) ||W||^2 beside the mean cross-entropy of n images.
-    baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
+    baselines: also report the same protocol on standardized raw pixels and on the random initialization.
   """
 
   l2: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
@@ -44,7 +44,7 @@ class LinearProbe(Evaluator):
         source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
         protocol = (
           f"logistic regression to convergence, lambda={l2:g} of {self.l2} by every tenth training image, output '{self.output}'"
-          f" ({pair.train.features.shape[1]} dimensions, standardised) of the evaluation view without augmentation,"
+          f" ({pair.train.features.shape[1]} dimensions, standardized) of the evaluation view without augmentation,"
           f" {len(pair.train.features)} training and {len(pair.held_out.features)} held-out images{source}"
         )
     return Report(metrics, protocol)

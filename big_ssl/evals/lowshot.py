@@ -22,7 +22,7 @@ class LowShot(Evaluator):
     splits: draws of the labeled images; three in the paper.
     seed: of the draws, which depend on nothing else.
     l2: lambda; the penalty is lambda / (2 n) ||W||^2 beside the mean cross-entropy of n images.
-    baselines: also report the same protocol on standardised raw pixels and on the random initialisation.
+    baselines: also report the same protocol on standardized raw pixels and on the random initialization.
   """
 
   images_per_class: int | tuple[int, ...] = (1, 2, 5)
@@ -59,7 +59,7 @@ class LowShot(Evaluator):
     return (
       f"logistic regression without intercept, lambda={self.l2:g}, {','.join(map(str, self.counts))} images per class,"
       f" {self.splits} splits of seed {self.seed}, output '{self.output}' ({pair.train.features.shape[1]} dimensions,"
-      f" each image centered by its own mean and l2-normalised) of the evaluation view without augmentation,"
+      f" each image centered by its own mean and l2-normalized) of the evaluation view without augmentation,"
       f" {len(pair.held_out.features)} held-out images{source}"
     )
 
@@ -99,7 +99,7 @@ def draw(train: Features, *, count: int, classes: int, seed: tuple[int, ...]) ->
 
 
 def preprocess(features: np.ndarray) -> np.ndarray:
-  """Each row [N, D] less its OWN mean over the dimensions, then l2-normalised; float64."""
+  """Each row [N, D] less its OWN mean over the dimensions, then l2-normalized; float64."""
   x = np.asarray(features, np.float64)
   return unit(x - x.mean(axis=1, keepdims=True))
 

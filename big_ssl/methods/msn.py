@@ -7,7 +7,7 @@ Both are softly assigned to K prototypes q by cosine (section 3):
   p+  = sharpen(softmax(h . q / tau), T)  targets, no gradient; Sinkhorn on top where asked
   loss = 1/(M B) sum_i H(p+, p_i) + lambda (log K - H(pbar)),   pbar = mean_i p_i          (eq. 1)
 
-Facts where paper and public code differ follow the code: batch normalisation after the two hidden layers of the head
+Facts where paper and public code differ follow the code: batch normalization after the two hidden layers of the head
 only; anchors of the two sizes and targets are separate BN batches; targets are augmented as anchors are. BN statistics,
 Sinkhorn and me-max are over the global batch, and one mask serves the whole global batch (the reference: one per device).
 """
@@ -50,7 +50,7 @@ class MSN(Method):
     mask_per_image: an own mask per image instead of one for the batch.
     rand_views, focal_views, rand_size, focal_size, rand_scale, focal_scale: the anchors; the target is one more random view.
     color_strength, blur, gray: strength of the jitter, probabilities of blur and grayscale.
-    mean, std: pixel normalisation.
+    mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
   """
 
@@ -83,7 +83,7 @@ class MSN(Method):
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
 
-  accumulation_reason = "me-max, Sinkhorn and batch normalisation need the whole batch"
+  accumulation_reason = "me-max, Sinkhorn and batch normalization need the whole batch"
 
   def __post_init__(self):
     check_least(self, num_prototypes=2)

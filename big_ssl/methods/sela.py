@@ -1,4 +1,4 @@
-"""SeLa: self-labelling by simultaneous clustering and representation learning (arXiv 1911.05371, code yukimasano/self-label).
+"""SeLa: self-labeling by simultaneous clustering and representation learning (arXiv 1911.05371, code yukimasano/self-label).
 
 One objective for the network and for the labels, which must use every one of K clusters equally often (eq. 6):
 

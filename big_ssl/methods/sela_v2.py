@@ -1,4 +1,4 @@
-"""SeLa-v2: self-labelling (arXiv 1911.05371) with the ingredients of SwAV (arXiv 2006.09882, appendix D).
+"""SeLa-v2: self-labeling (arXiv 1911.05371) with the ingredients of SwAV (arXiv 2006.09882, appendix D).
 
 As DeepCluster-v2, with two changes: the labels of an epoch are an equal partition of the WHOLE data set by optimal
 transport instead of k-means, and the prototypes are trained by gradient, of unit length before every forward pass:

@@ -37,7 +37,7 @@ class SimCLR(Method):
     color_strength: s; 1 for ImageNet, 0.5 for CIFAR-10.
     jitter: "simclr" multiplies brightness and takes contrast per channel (v2 code); "pil" as torchvision.
     blur: probability; 0 for CIFAR-10.
-    mean, std: pixel normalisation; () is none, as in the official code.
+    mean, std: pixel normalization; () is none, as in the official code.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 

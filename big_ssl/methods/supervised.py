@@ -30,7 +30,7 @@ class Supervised(Method):
     zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
     size, scale: of the training crop; color_strength: of the jitter, 0 is none.
-    mean, std: pixel normalisation.
+    mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours and their weighted votes, in bounded memory, with the bank spread over a mesh."""
+"""Exact nearest neighbors and their weighted votes, in bounded memory, with the bank spread over a mesh."""
 
 from __future__ import annotations
 
@@ -132,12 +132,12 @@ def votes(neighbors: Neighbors, *, labels: np.ndarray, k: int, temperature: floa
   Args:
     neighbors: at least k per query.
     labels: [N] classes of the bank's rows.
-    k: how many neighbours vote.
+    k: how many neighbors vote.
     temperature: T.
     num_classes: C.
 
   Returns:
-    [Q, C] float64, in units of the vote of the query's nearest neighbour, so that no temperature over- or underflows.
+    [Q, C] float64, in units of the vote of the query's nearest neighbor, so that no temperature over- or underflows.
   """
   similarity = neighbors.similarity[:, :k].astype(np.float64)
   weights = np.exp((similarity - similarity[:, :1]) / temperature)

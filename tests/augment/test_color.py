@@ -1,4 +1,4 @@
-"""Pixel operations against PIL's and BYOL's own results, in grey levels of 255."""
+"""Pixel operations against PIL's and BYOL's own results, in gray levels of 255."""
 
 import pathlib
 
@@ -17,7 +17,7 @@ GRAY = jnp.broadcast_to(FLOAT[..., :1], FLOAT.shape)
 
 
 def difference(image, name):
-  """Grey levels between our result, as the 8-bit picture it stands for, and PIL's."""
+  """Gray levels between our result, as the 8-bit picture it stands for, and PIL's."""
   return np.abs(np.round(np.clip(np.asarray(image), 0, 1) * 255) - PIL[name].astype(float))
 
 
@@ -61,9 +61,9 @@ def test_the_blur_is_near_that_of_pil_in_the_mean(radius):
 
 @pytest.mark.parametrize("name", ["imagenet", "swav", "cifar_paws"])
 def test_normalize_is_that_of_torchvision(name):
-  mean, std = PIL[f"normalise/{name}_mean_std"].tolist()
+  mean, std = PIL[f"normalize/{name}_mean_std"].tolist()
   normalized = color.normalize(IMAGE, mean=tuple(mean), std=tuple(std))
-  np.testing.assert_allclose(normalized, PIL[f"normalise/{name}"], atol=2e-6)
+  np.testing.assert_allclose(normalized, PIL[f"normalize/{name}"], atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def test_lowshot_is_a_function_of_its_fields_alone():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: Knn(k=61)(planted), "config.evals.knn.k=61: more neighbours than the 60 images"),
-    (lambda: Knn(k=20, max_bank=10)(planted), "k=20: more neighbours than the 10 images"),
+    (lambda: Knn(k=61)(planted), "config.evals.knn.k=61: more neighbors than the 60 images"),
+    (lambda: Knn(k=20, max_bank=10)(planted), "k=20: more neighbors than the 10 images"),
     (lambda: Knn(k=0), "config.evals.knn.k=0"),
     (lambda: Knn(temperature=0.0), "config.evals.knn.temperature=0.0"),
     (lambda: Knn(max_bank=-1), "config.evals.knn.max_bank=-1"),

@@ -35,7 +35,7 @@ def test_simclr_has_no_biases_and_ends_in_a_batch_norm_without_bias():
   np.testing.assert_allclose(np.mean(y, 0), 0, atol=1e-5)
 
 
-def test_torch_initialisation_is_uniform_within_the_fan_in_bound():
+def test_torch_initialization_is_uniform_within_the_fan_in_bound():
   _, variables = init(ProjectionHead(hidden=(64,), output=64, init_std=None), width=100)
   fc1 = variables["params"]["fc1"]
   for leaf in (fc1["kernel"], fc1["bias"]):
@@ -44,7 +44,7 @@ def test_torch_initialisation_is_uniform_within_the_fan_in_bound():
 
 
 @pytest.mark.parametrize("std", [0.02, 0.01])
-def test_normal_initialisation_has_the_asked_deviation_and_zero_biases(std):
+def test_normal_initialization_has_the_asked_deviation_and_zero_biases(std):
   _, variables = init(ProjectionHead(hidden=(64,), output=64, init_std=std), width=100)
   fc1 = variables["params"]["fc1"]
   np.testing.assert_allclose(np.std(fc1["kernel"]), std, rtol=0.05)
@@ -72,7 +72,7 @@ def test_moco_v3_ends_in_a_batch_norm_without_parameters_and_byol_in_a_linear_wi
   assert names(variables["params"]) == {"fc1/kernel", "fc1/bias", "bn1/scale", "bn1/bias", "fc2/kernel"}
 
 
-def test_lecun_initialisation_is_a_normal_of_the_fan_in_cut_at_two_deviations():
+def test_lecun_initialization_is_a_normal_of_the_fan_in_cut_at_two_deviations():
   _, variables = init(ProjectionHead(hidden=(64,), output=64, init_std="lecun"), width=100)
   kernel = variables["params"]["fc1"]["kernel"]
   assert 0.19 < np.abs(kernel).max() <= 0.2 and not np.any(variables["params"]["fc1"]["bias"])

@@ -1,4 +1,4 @@
-"""Nearest neighbours: reference votes, ties, chunks and shards."""
+"""Nearest neighbors: reference votes, ties, chunks and shards."""
 
 import pathlib
 
