@@ -61,9 +61,9 @@ def test_the_blur_is_near_that_of_pil_in_the_mean(radius):
 
 @pytest.mark.parametrize("name", ["imagenet", "swav", "cifar_paws"])
 def test_normalize_is_that_of_torchvision(name):
-  mean, std = PIL[f"normalize/{name}_mean_std"].tolist()
+  mean, std = PIL[f"normalise/{name}_mean_std"].tolist()
   normalized = color.normalize(IMAGE, mean=tuple(mean), std=tuple(std))
-  np.testing.assert_allclose(normalized, PIL[f"normalize/{name}"], atol=2e-6)
+  np.testing.assert_allclose(normalized, PIL[f"normalise/{name}"], atol=2e-6)
 
 
 @pytest.mark.parametrize(
