@@ -57,7 +57,8 @@ def start_from(config: InitFrom, state: TrainState, logger: Logger) -> TrainStat
     saved = earlier.read(config.step)
     earlier.close()
   found = warm_start(state, saved, config=config)
-  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {', '.join(found.fresh) or 'none'}")
+  fresh = ", ".join(found.fresh) or "none"
+  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {fresh}")
   return found.state
 
 
@@ -90,7 +91,8 @@ def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) ->
     logger.warning(f"step skipped: not finite, first in {tensor}")
   verdict = health.judge(metrics, thresholds=run.config.health)
   if verdict.state != previous and verdict.state != "healthy":
-    logger.warning(f"health, {verdict.state}: {verdict.message} {verdict.hint}" if verdict.state == "collapsed" else f"health: {verdict.message} {verdict.hint}")
+    state = f", {verdict.state}" if verdict.state == "collapsed" else ""
+    logger.warning(f"health{state}: {verdict.message} {verdict.hint}")
   return verdict
 
 

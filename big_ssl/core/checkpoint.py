@@ -74,9 +74,8 @@ class Checkpointer:
     step = int(state.step)
     needed, free = _local_bytes(state), shutil.disk_usage(self.directory).free
     if free < needed:
-      raise UserError(
-        f"{self.directory}: the checkpoint of step {step} needs up to {needed / 2**20:,.1f} MiB, the disk has {free / 2**20:,.1f} MiB left; {self._kept()}."
-      )
+      needs, has = f"needs up to {needed / 2**20:,.1f} MiB", f"the disk has {free / 2**20:,.1f} MiB left"
+      raise UserError(f"{self.directory}: the checkpoint of step {step} {needs}, {has}; {self._kept()}.")
     record = meta | {"tree": signature(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
     self._guard(lambda: self._manager.save(step, args=args, force=True))

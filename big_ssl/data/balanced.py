@@ -124,7 +124,10 @@ class BalancedPlan:
     if many < 1 or each < 1:
       raise UserError(f"config.method.classes_per_step={many}, images_per_class={each}: expected at least 1.")
     if len(classes) < 2:
-      raise UserError(f"config.method.classes_per_step={many}: all {len(rows)} labeled images are of one class, {_class(classes[0], class_names)}; at least 2 are needed.")
+      only = _class(classes[0], class_names)
+      raise UserError(
+        f"config.method.classes_per_step={many}: all {len(rows)} labeled images are of one class, {only}; at least 2 are needed."
+      )
     if many > len(classes):
       raise UserError(f"config.method.classes_per_step={many}: the labeled images have {len(classes)} classes.")
     short = int(np.argmin(self._count))
