@@ -73,7 +73,10 @@ def few_labels(config: config_lib.Config) -> dict:
 def few_clusters(config: config_lib.Config) -> dict:
   """Overrides for a method that clusters the training set: no more clusters and dimensions than the few images allow."""
   wanted = {"num_clusters": 6, "pca_dim": 8, "solves": 3}
-  return {f"method.{name}": value for name, value in wanted.items() if name in config.method}
+  found = {f"method.{name}": value for name, value in wanted.items() if name in config.method}
+  if isinstance(config.method.get("num_prototypes"), tuple):
+    found["method.num_prototypes"] = tuple(6 + h for h, _ in enumerate(config.method["num_prototypes"]))
+  return found
 
 
 def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):

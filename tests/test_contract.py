@@ -81,16 +81,17 @@ def test_no_gradient_reaches_the_extra_state(name):
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_eight_and_four_devices_agree_with_one(name):
+@pytest.mark.parametrize("name,devices", [*((name, 8) for name in DEFAULTS), ("msn", 4)])
+def test_several_devices_agree_with_one(name, devices):
   # SGD: Adam turns the rounding of gradients that are exactly zero in truth (key biases, biases before BN) into whole steps.
   config = engine.small(name, **{"optim.name": "sgd", "optim.lr": 0.05, "total": "4steps"})
   state1, history1 = engine.train_steps(config)
-  for devices in (4, 8):
-    state, history = engine.train_steps(config, devices=devices)
-    np.testing.assert_allclose([h["loss"] for h in history], [h["loss"] for h in history1], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
-      np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+  state, history = engine.train_steps(config, devices=devices)
+  losses, losses1 = (np.array([h["loss"] for h in hs]) for hs in (history, history1))
+  # Terms are of order 1 or more, but their difference may be near 0: PAWS's cross-entropy less the mean entropy.
+  np.testing.assert_allclose(losses, losses1, rtol=0, atol=1e-5 * max(1, np.abs(losses1).max()))
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -151,8 +152,8 @@ def trace(method: Method, run: setup.Run) -> str:
     return loss, method.post_update(params, extra, step), metrics
 
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  text += str(jax.make_jaxpr(whole)(state.params, state.extra, batch, jax.random.key(0), step))
-  return text
+  traced = jax.make_jaxpr(whole)(state.params, state.extra, batch, jax.random.key(0), step)
+  return text + str(traced) + str([np.asarray(c).tolist() for c in traced.consts])  # a table of a schedule is a constant
 
 
 def read_by_refresh(run: setup.Run) -> set[str]:
