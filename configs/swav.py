@@ -8,6 +8,8 @@
   configs/swav.py:imagenet_w4      ResNet-50-w4, 2x224 + 4x96, 400 epochs, batch 2560 with a queue: 77.9 linear
 
 Published (README of the code): 100 / 200 / 400 / 800 epochs of the multi-crop recipe 72.1 / 73.9 / 74.6 / 75.3 linear.
+
+The embedded run, seed 0: k-NN 51.3 against 30.0, at least 15 points above its random initialization.
 """
 
 import ml_collections

@@ -1,0 +1,31 @@
+"""Every embedded run beats the random initialization of its network, by the margin that its config's docstring states."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import engine
+import pytest
+
+DEFAULTS = engine.default_configs()
+
+
+def margin(name: str) -> float:
+  """Points of k-NN accuracy, as in "at least 20 points above its random initialization"."""
+  docstring = ast.get_docstring(ast.parse((engine.ROOT / "configs" / f"{name}.py").read_text()))
+  found = re.search(r"at least (\d+) points\s+above\s+its\s+random\s+initialization", docstring)
+  assert found, f"configs/{name}.py: the docstring states no margin over random initialization"
+  return float(found.group(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_embedded_run_beats_its_random_initialization_by_the_margin(name, tmp_path):
+  command = [sys.executable, "-m", "big_ssl.main", f"--config=configs/{name}.py", f"--workdir={tmp_path}"]
+  done = subprocess.run(command, cwd=engine.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  last = [row for row in rows if "eval/knn/top1_k20" in row][-1]
+  assert last["eval/knn/top1_k20"] - last["eval/knn/random_init/top1_k20"] >= margin(name)
