@@ -9,6 +9,8 @@
   configs/moco_v3.py:imagenet_r50    ResNet-50, 100 epochs: 68.9 linear (72.8 with 300, 74.6 with 1000)
 
 Published figures are those of the official README. Command: python -m big_ssl.main --config=configs/moco_v3.py
+
+The embedded run, seed 0: k-NN 56.0 against 27.1, at least 20 points above its random initialization.
 """
 
 import ml_collections
