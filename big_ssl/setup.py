@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +132,13 @@ class Run:
         )
 
 
+def _evaluator(name: str, fields: Any) -> Evaluator:
+  path = f"config.evals.{name}"
+  if not isinstance(fields, Mapping):
+    raise UserError(f"{path}={fields!r}: expected keys and values, or none to leave it out.")
+  return config_lib.build_named("evals", {"name": name} | dict(fields), Evaluator, path=path)
+
+
 def _init_state(method: Method, optimizer: Optimizer, shapes: PyTree, key: Any) -> TrainState:
   params, extra = _init(method, shapes, key)
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), extra=extra)
@@ -174,10 +181,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
     raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
   make_method(config)  # config errors before any data is opened
-  evaluators = {
-    name: config_lib.build_named("evals", {"name": name} | dict(fields), Evaluator, path=f"config.evals.{name}")
-    for name, fields in config.evals.items()
-  }
+  evaluators = {name: _evaluator(name, fields) for name, fields in config.evals.items() if fields is not None}
   sources = source_lib.open_splits(
     config.data.source,
     split=config.data.split,

@@ -1,8 +1,10 @@
 """Config errors name the path, the value, what is accepted and the nearest name."""
 
 import engine
+import jax
 import pytest
 
+from big_ssl import setup
 from big_ssl.core import config as config_lib
 from big_ssl.core.types import Interval, UserError
 
@@ -14,6 +16,13 @@ def load(**overrides):
 def test_overrides_reach_every_depth_and_keep_their_types():
   config = load(optim__lr="3e-4", total="40steps", data__source="sprites", mesh__data="-1", evals__knn__k="5")
   assert config.optim.lr == 3e-4 and config.total == Interval(40, "steps") and config.evals["knn"]["k"] == 5
+
+
+def test_an_evaluator_is_left_out_by_none_and_anything_else_is_a_clear_error():
+  run = setup.make_run(engine.small("simclr", **{"evals.linear": None}), devices=jax.devices()[:1])
+  assert set(run.evaluators) == {"knn"}
+  with pytest.raises(UserError, match="config.evals.linear=3: expected keys and values, or none"):
+    setup.make_run(engine.small("simclr", **{"evals.linear": 3}), devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
