@@ -45,7 +45,7 @@ def imagenet() -> dict:
 
 
 def finetune_paws() -> dict:
-  """Fine-tuning of PAWS (arXiv 2104.13963, section 5): 75.5 with 10 % of the labels after 300 epochs of pretraining.
+  """Fine-tuning of PAWS (arXiv 2104.13963, released code): 75.5 with 10 % of the labels after 300 epochs of pretraining.
 
   The trunk and the first layer of the projection head go on, below a classifier that starts at 0; every weight is trained
   for 50 epochs of batch 1024 with Nesterov SGD, lr .02 inside the velocity, no decay. The released code reports the best

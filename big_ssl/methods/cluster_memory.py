@@ -13,6 +13,7 @@ the first epoch it is filled by one pass with the untrained network in training 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class Clustering:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterMemory(MultiCrop):
+class ClusterMemory(MultiCrop, abc.ABC):
   """To be mixed into a `Method`, which says how to cluster and which prototypes predict.
 
   Attributes:
@@ -77,9 +78,9 @@ class ClusterMemory(MultiCrop):
 
   # 2. Loss
 
+  @abc.abstractmethod
   def prototypes(self, params: Params, extra: Extra) -> dict[str, Array]:
     """[K, D] per head, as the scores take them."""
-    raise NotImplementedError
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     del step
@@ -107,9 +108,9 @@ class ClusterMemory(MultiCrop):
 
   # 3. Clustering, once per epoch
 
+  @abc.abstractmethod
   def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator) -> Clustering:
     """Labels of the rows z [n, D] for one head; the mesh is the one in use."""
-    raise NotImplementedError
 
   def refresh_steps(self) -> Sequence[int]:
     return self.steps_every(self.cluster_every)

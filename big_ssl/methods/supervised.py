@@ -26,7 +26,7 @@ class Supervised(Method):
 
   Attributes:
     hidden_layers: layers as wide as the trunk, with BN and ReLU, between it and the classifier. With 1 a run that starts
-      from PAWS keeps the first layer of its projection head, as its fine-tuning does (arXiv 2104.13963, section 5).
+      from PAWS keeps the first layer of its projection head, as its fine-tuning does (arXiv 2104.13963, released code).
     zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
     size, scale: of the training crop; color_strength: of the jitter, 0 is none.
