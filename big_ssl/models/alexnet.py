@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from big_ssl.core.types import Array, UserError
-from big_ssl.models.layers import Backbone, BatchNorm
+from big_ssl.models.layers import Backbone, BatchNorm, check_last_map
 from big_ssl.models.sobel import Sobel
 
 WIDTHS = {"big": (96, 256, 384, 384, 256), "small": (64, 192, 384, 256, 256)}
@@ -61,7 +61,7 @@ class AlexNet(Backbone):
     widths, cifar = self.widths or WIDTHS[self.variant], self.stem == "cifar"
     if len(widths) != 5:
       raise UserError(f"config.model.widths={widths}: expected the five widths of the convolutions.")
-    self._check_size(images.shape[1:3])
+    check_last_map(self, images)
     x = Sobel(name="sobel")(images) if self.sobel else images
     kernels = ((3, 1, 1) if cifar else (11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # size, stride, padding
     stages = []
@@ -84,18 +84,6 @@ class AlexNet(Backbone):
     if self.stem == "imagenet":
       side = _pooled((side + 4 - 11) // 4 + 1)
     return _pooled(_pooled(side))
-
-  def _check_size(self, size: tuple[int, ...]) -> None:
-    wanted, found = self.map_size(self.image_size), [self.map_size(s) for s in size]
-    if wanted < 1:
-      raise UserError(
-        f"config.model.image_size={self.image_size}: too small for stem='{self.stem}', no place is left of the map."
-      )
-    if found != [wanted, wanted]:
-      raise UserError(
-        f"config.model.image_size={self.image_size}: fc6 expects a last map of {wanted}x{wanted}; images of"
-        f" {size[0]}x{size[1]} give {max(found[0], 0)}x{max(found[1], 0)}."
-      )
 
 
 def _pooled(side: int) -> int:

@@ -201,3 +201,16 @@ class ConvStem(nn.Module):
     uniform = torch_uniform(x.shape[-1])
     inits = {"kernel_init": uniform, "bias_init": uniform} if torch else {"kernel_init": kaiming}
     return nn.Conv(self.width, (1, 1), dtype=self.dtype, name="project", **inits)(x)
+
+
+def check_last_map(model: nn.Module, images: Array) -> None:
+  """Raises `UserError` for images whose last map is not the one that `model`'s first fully connected layer was made for."""
+  height, width = images.shape[1:3]
+  wanted, found = model.map_size(model.image_size), [max(model.map_size(side), 0) for side in (height, width)]
+  path = f"config.model.image_size={model.image_size}"
+  if wanted < 1:
+    raise UserError(f"{path}: too small, no place is left of the last map.")
+  if found != [wanted, wanted]:
+    raise UserError(
+      f"{path}: fc6 expects a last map of {wanted}x{wanted}; images of {height}x{width} give {found[0]}x{found[1]}."
+    )

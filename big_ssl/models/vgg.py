@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from big_ssl.core.types import Array, UserError
 from big_ssl.models.alexnet import FAN_OUT
-from big_ssl.models.layers import Backbone, BatchNorm, torch_uniform
+from big_ssl.models.layers import Backbone, BatchNorm, check_last_map, torch_uniform
 from big_ssl.models.sobel import Sobel
 
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions before each pool
@@ -59,7 +59,7 @@ class VGG(Backbone):
       raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
     if len(self.widths) != len(DEPTHS):
       raise UserError(f"config.model.widths={self.widths}: expected the five widths of the groups of convolutions.")
-    self._check_size(images.shape[1:3])
+    check_last_map(self, images)
     grows = self.variant == "deepercluster"
     x = images
     if self.sobel:
@@ -89,15 +89,3 @@ class VGG(Backbone):
   def map_size(self, side: int) -> int:
     """Side of the last map for images of `side` pixels."""
     return (side + (2 if self.variant == "deepercluster" else 0)) // 2 ** len(DEPTHS)
-
-  def _check_size(self, size: tuple[int, ...]) -> None:
-    wanted, found = self.map_size(self.image_size), [self.map_size(s) for s in size]
-    if wanted < 1:
-      raise UserError(
-        f"config.model.image_size={self.image_size}: too small for five pools, no place is left of the map."
-      )
-    if found != [wanted, wanted]:
-      raise UserError(
-        f"config.model.image_size={self.image_size}: fc6 expects a last map of {wanted}x{wanted}; images of"
-        f" {size[0]}x{size[1]} give {found[0]}x{found[1]}."
-      )
