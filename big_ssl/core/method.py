@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -160,7 +160,7 @@ class Method(abc.ABC):
   # Class constants.
   supports_accumulation = False  # is the loss a mean over examples?
   accumulation_reason = "its loss is not a mean over examples"
-  row_sharded: tuple[str, ...] = ()  # entries of `extra` whose first axis, where it divides, is split over the devices
+  row_sharded: ClassVar[tuple[str, ...]] = ()  # entries of `extra` whose first axis, where it divides, is split over the devices
 
   @abc.abstractmethod
   def inputs(self) -> Inputs | dict[str, Inputs]:
