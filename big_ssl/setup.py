@@ -218,6 +218,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     total_steps=total_steps,
     batch_size=config.batch_size,
     examples=examples,
+    freeze_backbone=config.init_from.freeze_backbone if config.init_from else None,
   )
   abstract = jax.eval_shape(functools.partial(_init_state, method, optimizer, _batch_shapes(method, pipelines)), jax.random.key(0))
   shardings = sharding.state_shardings(mesh, abstract, config.mesh, row_sharded=method.row_sharded)

@@ -131,12 +131,15 @@ class InitFrom:
     tree: which of its networks becomes the one that is trained.
     skip: regular expression on paths of the new state that stay as initialized, such as "head/fc2"; "" is none. Outside
       of the backbone, what has no counterpart of the same shape stays so in any case.
+    freeze_backbone: until then only what is not the backbone learns, so that a fresh head does not spoil the weights;
+      its batch statistics, as far as the method moves any, go on.
   """
 
   path: str
   step: int | None = None
   tree: Literal["student", "teacher"] = "student"
   skip: str = ""
+  freeze_backbone: Interval | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import optax
 
 from big_ssl.core import schedules
 from big_ssl.core.config import OptimConfig
-from big_ssl.core.types import Array, Params, PyTree, Rule, UserError
+from big_ssl.core.types import Array, Interval, Params, PyTree, Rule, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +122,21 @@ def _clock(config: OptimConfig, *, batch_size: int, examples: int) -> Callable[[
 
 
 def make_optimizer(
-  config: OptimConfig, *, params: Params, rules: tuple[Rule, ...], total_steps: int, batch_size: int, examples: int
+  config: OptimConfig,
+  *,
+  params: Params,
+  rules: tuple[Rule, ...],
+  total_steps: int,
+  batch_size: int,
+  examples: int,
+  freeze_backbone: Interval | None = None,
 ) -> Optimizer:
-  """Builds the optimizer for (abstract or real) `params`."""
+  """Builds the optimizer for (abstract or real) `params`; until `freeze_backbone` only what is not the backbone learns."""
   tensors = match_rules(params, tuple(config.rules) + tuple(rules), batch_size=batch_size, examples=examples)
+  if freeze_backbone is not None:
+    until = freeze_backbone.steps(batch_size=batch_size, examples=examples)
+    longer = lambda t: dataclasses.replace(t, freeze_steps=max(t.freeze_steps, until))
+    tensors = tuple(longer(t) if "backbone" in t.path.split("/") else t for t in tensors)
   lr_curve = learning_rate(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
   wd_curve = weight_decay(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
   update = _adamw if config.name == "adamw" else _momentum

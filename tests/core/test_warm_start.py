@@ -100,6 +100,15 @@ def test_paws_is_fine_tuned_with_the_first_layer_of_its_projection_head(tmp_path
   assert "step 4" in notes.lines[-1] and "params/encoder/head/fc/kernel" in notes.lines[-1]
 
 
+def test_the_backbone_can_wait_until_a_fresh_head_has_learned(tmp_path):
+  options = {"init_from.path": str(tmp_path), "init_from.freeze_backbone": "2steps"}
+  run = setup.make_run(engine.small("supervised", **options), devices=jax.devices()[:1])
+  assert {t.path: t.freeze_steps for t in run.optimizer.tensors} == {
+    t.path: 2 if "backbone" in t.path.split("/") else 0 for t in run.optimizer.tensors
+  }
+  assert {t.freeze_steps for t in run.optimizer.tensors} == {0, 2}
+
+
 def test_a_folder_without_checkpoints_is_a_clear_error(tmp_path):
   with pytest.raises(UserError, match="config.init_from.path='.*': not the work directory of a run"):
     train.start_from(InitFrom(path=str(tmp_path)), state({"encoder": tree(0)}), Notes())
