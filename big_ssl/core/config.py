@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import pathlib
 import pkgutil
 import sys
@@ -213,10 +214,13 @@ def _plain(value: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-  try:
-    return _plain(ast.literal_eval(text))
-  except (ValueError, SyntaxError):
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+  """A Python or JSON value; anything else is text."""
+  for read in (ast.literal_eval, json.loads):
+    try:
+      return _plain(read(text))
+    except (ValueError, SyntaxError):
+      pass
+  return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 def _set(tree: dict, keys: list[str], value: Any, path: str) -> None:

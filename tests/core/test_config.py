@@ -18,6 +18,11 @@ def test_overrides_reach_every_depth_and_keep_their_types():
   assert config.optim.lr == 3e-4 and config.total == Interval(40, "steps") and config.evals["knn"]["k"] == 5
 
 
+@pytest.mark.parametrize("text", ['{"name": "resnet", "sobel": true}', "{'name': 'resnet', 'sobel': True}"])
+def test_a_mapping_is_read_as_python_or_as_json(text):
+  assert load(model=text).model == {"name": "resnet", "sobel": True}
+
+
 def test_an_evaluator_is_left_out_by_none_and_anything_else_is_a_clear_error():
   run = setup.make_run(engine.small("simclr", **{"evals.linear": None}), devices=jax.devices()[:1])
   assert set(run.evaluators) == {"knn"}

@@ -1,0 +1,52 @@
+"""`python -m big_ssl.benchmark WHAT`: ratios measured side by side in one run, as a table and as JSON.
+
+  input   images per second from JPEG files to the device boundary, and of the whole DINO multi-crop (2 x 224 + 8 x 96),
+          beside a Pillow pipeline of the same operations
+  step    the training step of a small ViT, beside the same step in PyTorch where torch is installed
+  model   images per second and the share of the device's peak of a backbone's forward and backward pass, its compilation
+          with and without scanned layers, beside timm's where torch and timm are installed
+  costs   parameters, FLOPs and activation bytes of every variant, computed and not measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import platform
+import sys
+
+from big_ssl.core.types import UserError
+
+_WHAT = ("input", "step", "model", "costs")
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="big_ssl.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("what", choices=_WHAT)
+  parser.add_argument("--data", default="", help="input: folder of JPEG files; default: made from the embedded sprites")
+  parser.add_argument("--model", default="vit", help="model: a name in big_ssl/models")
+  parser.add_argument("--fields", default="{}", help='model: further fields of config.model as JSON, {"variant": "S"}')
+  parser.add_argument("--timm", default="", help="model: the name there, such as vit_small_patch16_224")
+  parser.add_argument("--size", type=int, default=224, help="model, costs: side of the images")
+  parser.add_argument("--batch_size", type=int, default=32)
+  parser.add_argument("--canvas", type=int, default=512)
+  parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
+  parser.add_argument("--json", default="", help="also write the numbers here")
+  args = parser.parse_args(argv)
+  try:
+    result = importlib.import_module(f"big_ssl.benchmark.{args.what}").bench(args)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  result |= {"machine": platform.processor() or platform.machine()}
+  for key, value in result.items():
+    print(f"{key:<40} {value:.2f}" if isinstance(value, float) else f"{key:<40} {value}")
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
