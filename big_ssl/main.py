@@ -22,6 +22,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   parser.add_argument("--config", required=True, help="config file, with an optional argument: configs/msn.py:cifar10")
   parser.add_argument("--workdir", default="", help="where the run is written; default runs/<config>")
   parser.add_argument("--mode", default="train", choices=("train", "eval", "extract", "check"), help="check prints the plan and stops")
+  parser.add_argument("--devices", type=int, default=0, help="with --mode=check: plan for this many devices, simulated")
   parser.add_argument("--data", default="", help="folder, tar or glob of tars, .npz, TFRecord glob, tfds:name, or sprites")
   parser.add_argument("--data_dir", default="", help="root of prepared TFDS data sets")
   parser.add_argument("--step", type=int, default=None, help="with eval and extract: the checkpoint to read; default the newest")
@@ -47,10 +48,12 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   """Imports what the mode needs and runs it."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # tensorflow only decodes here; this silences its notice
+  if args.devices:
+    _simulate(args)
   import jax
 
+  from big_ssl.core import collectives, sharding
   from big_ssl.core import config as config_lib
-  from big_ssl.core import sharding
   from big_ssl.core.types import UserError
 
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/big_ssl/jax"))
@@ -73,7 +76,9 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   quiet_storage()
   run = setup.make_run(config)
   if args.mode == "check":
-    print(run.describe())
+    print(run.describe(), flush=True)
+    if run.mesh.size > 1:
+      print(collectives.summary(run.compiled_step().as_text()))
     return 0
   workdir = pathlib.Path(args.workdir or f"runs/{_run_name(args)}")
   try:
@@ -83,6 +88,17 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   except OSError as error:
     raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}.") from None
   return _train(run, workdir) if args.mode == "train" else _read(run, workdir, args)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+  """Before jax starts: as many devices on the CPU as asked for, of which a check needs only the names."""
+  from big_ssl.core.types import UserError
+
+  if args.mode != "check" or args.devices < 1:
+    raise UserError(f"--devices={args.devices}: simulated devices are for --mode=check, and at least 1.")
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  flags = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}".strip()
 
 
 def _run_name(args: argparse.Namespace) -> str:

@@ -28,6 +28,8 @@ from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Evaluator
 from big_ssl.models.layers import Backbone
 
+_PATCH_STREAM = 0x9A7C  # of the draws of patch sizes, so that nothing else has their numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -35,6 +37,7 @@ class Run:
 
   config: Config
   method: Method
+  methods: dict[int, Method]  # that training draws from, by the patch size of the ViT; one, under 0, where there is no choice
   mesh: Mesh
   sources: dict[str, DataSource]  # "train", "eval"
   pipelines: dict[str, Pipeline]  # per stream of the method
@@ -93,10 +96,27 @@ class Run:
     spec = {name: p.spec() for name, p in self.pipelines.items()}
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), spec)
 
-  def jit_step(self) -> Any:
+  def patch_at(self, step: int) -> int:
+    """The entry of `methods` that a step trains: of the seed and the step alone, so that all hosts draw the same."""
+    sizes = tuple(self.methods)
+    return sizes[np.random.default_rng([self.config.seed % 2**64, _PATCH_STREAM, step]).integers(len(sizes))]
+
+  def jit_step(self, patch: int | None = None) -> Any:
+    """The step at one of the patch sizes of `methods`; by default the first."""
+    method = self.methods[next(iter(self.methods)) if patch is None else patch]
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-    step = make_step(self.method, self.optimizer, seed=self.config.seed, accumulate=self.config.optim.accumulate)
+    step = make_step(method, self.optimizer, seed=self.config.seed, accumulate=self.config.optim.accumulate)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+  def compiled_step(self) -> Any:
+    """The step, compiled from shapes alone: nothing is allocated."""
+    resident = {
+      name: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype, sharding=jax.sharding.NamedSharding(self.mesh, jax.P()))
+      for name, p in self.pipelines.items()
+      if p.resident is not None
+    }
+    with jax.set_mesh(self.mesh):
+      return self.jit_step().lower(self.abstract_state, self.raw_spec(), resident).compile()
 
   def describe(self) -> str:
     """Parameter table, bytes per device and the course of the run."""
@@ -175,6 +195,12 @@ def make_method(
   )
 
 
+def by_patch_size(method: Method) -> dict[int, Method]:
+  """The method at each of `config.model.patch_sizes`, on the same parameters (FlexiViT, arXiv 2212.08013, section 3.3)."""
+  at = lambda patch: dataclasses.replace(method, model=method.model.at_patch(patch))
+  return {patch: at(patch) for patch in getattr(method.model, "patch_sizes", ())} or {0: method}
+
+
 def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> Run:
   """Opens the data, builds every part and checks that they fit, before anything is computed."""
   mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
@@ -226,6 +252,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   return Run(
     config=config,
     method=method,
+    methods=by_patch_size(method),
     mesh=mesh,
     sources=sources,
     pipelines=pipelines,
@@ -244,8 +271,11 @@ def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh
   if size % per_device:
     field = "config.method.classes_per_step x images_per_class" if inputs.batch_size else "config.batch_size"
     raise UserError(f"{field}={size}: must be divisible by the {per_device} devices of the data and fsdp axes.")
+  shards = [v.packing.shard_size for v in inputs.views if v.packing]
+  if any(size // per_device % shard for shard in shards):
+    raise UserError(f"config.method.shard_size={shards[0]}: must divide the {size // per_device} images of each device.")
   largest = max(max(v.shape) for v in inputs.views)
-  crop = config.data.crop
+  crop = "device" if shards else config.data.crop  # sizes of packed crops are known once all of a shard are decoded
   if crop == "auto":
     crop = "host" if jax.default_backend() == "cpu" and source.images is None else "device"
   return Pipeline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import signal
 import threading
@@ -19,6 +20,8 @@ from big_ssl.core.logger import Logger, peak_flops
 from big_ssl.core.types import TrainState, UserError
 from big_ssl.core.warm_start import warm_start
 from big_ssl.evaluate import Extractor, evaluate, refresh
+from big_ssl.models.adapt import adapt
+from big_ssl.models.layers import Backbone
 from big_ssl.setup import Run
 
 DONE, STOPPED, FAILED = 0, 3, 4
@@ -48,17 +51,22 @@ class StopRequest:
     return self.signal is not None
 
 
-def start_from(config: InitFrom, state: TrainState, logger: Logger) -> TrainState:
-  """A fresh state with the weights of an earlier run."""
+def start_from(config: InitFrom, state: TrainState, logger: Logger, *, model: Backbone) -> TrainState:
+  """A fresh state with the weights of an earlier run, adapted to the channels, patches and sizes of `model`."""
   if not (pathlib.Path(config.path) / "checkpoints").is_dir():
-    raise UserError(f"config.init_from.path={config.path!r}: not the work directory of a run; it has no checkpoints/.")
+    public = " First: python -m big_ssl.weights import FILE --to=DIR." if pathlib.Path(config.path).is_file() else ""
+    raise UserError(
+      f"config.init_from.path={config.path!r}: not the work directory of a run; it has no checkpoints/.{public}"
+    )
   with logger.timer("checkpoint"):
     earlier = Checkpointer(config.path)
     saved = earlier.read(config.step)
     earlier.close()
-  found = warm_start(state, saved, config=config)
+  found = warm_start(state, saved, config=config, adapt=functools.partial(adapt, model=model))
   fresh = ", ".join(found.fresh) or "none"
   logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {fresh}")
+  if found.adapted:
+    logger.notice(f"adapted to config.model and the data: {', '.join(found.adapted)}")
   return found.state
 
 
@@ -73,7 +81,7 @@ def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainSt
     return state
   state = run.initial_state()
   if run.config.init_from is not None:
-    state = start_from(run.config.init_from, state, logger)
+    state = start_from(run.config.init_from, state, logger, model=run.method.model)
   with logger.timer("checkpoint"):
     checkpointer.save(state, meta=run.meta())
     checkpointer.wait()
@@ -112,8 +120,9 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
     with logger.timer("data"):
       resident = run.resident
     with logger.timer("compile"), jax.set_mesh(run.mesh):
-      step_fn = run.jit_step().lower(state, run.raw_spec(), resident).compile()
-    logger.flops(_flops(step_fn), peak_flops(jax.devices()[0].device_kind))
+      step_fns = {patch: run.jit_step(patch).lower(state, run.raw_spec(), resident).compile() for patch in run.methods}
+    flops = [_flops(f) for f in step_fns.values()]
+    logger.flops(None if None in flops else float(np.mean(flops)), peak_flops(jax.devices()[0].device_kind))
 
   metrics, refreshed, verdict_state, skipped_logs, saved = None, {}, "", 0, start
   refreshes = run.method.refresh_steps()
@@ -127,7 +136,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
       raw = next(batches)
     with logger.timer("step"), jax.transfer_guard("disallow"):
       jax.block_until_ready(metrics)  # one step in flight, no more
-      state, metrics = step_fn(state, raw, resident)
+      state, metrics = step_fns[run.patch_at(step)](state, raw, resident)
     done = step + 1
 
     if done % log_every == 0 or done == total:
@@ -135,7 +144,8 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
       verdict = judge(run, logger, values, verdict_state)
       verdict_state = verdict.state
-      logger.log(done, values | refreshed | {"health": verdict.state})
+      patch = {"patch": run.patch_at(step)} if len(step_fns) > 1 else {}
+      logger.log(done, values | refreshed | patch | {"health": verdict.state})
       skipped_logs = skipped_logs + 1 if values["skipped"] else 0
       collapsed = verdict.state == "collapsed" and config.health.stop_on_collapse
       if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed:

@@ -19,12 +19,24 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  """Embedded data; AdamW, since the learning rates of LARS collapse under it. Labels are not needed; own choice of sizes."""
-  return common.sprites_run() | dict(
-    method=dict(name="byol", hidden_dim=256, output_dim=64, momentum=0.98, size=32, scale=(0.2, 1.0), blur=(0.5, 0.1), eval_fraction=1.0),
-    model=common.sprites_vit(),
-    optim=dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0),
+  """Embedded data; AdamW, since the learning rates of LARS collapse under it. Labels are not needed; own choice of sizes.
+
+  A ViT has no BN: without `head_norm` the embeddings fill one dimension after 50 updates.
+  """
+  method = dict(
+    name="byol",
+    hidden_dim=256,
+    output_dim=64,
+    head_norm=True,
+    own_target_init=False,
+    momentum=0.99,
+    size=32,
+    scale=(0.2, 1.0),
+    blur=(0.5, 0.1),
+    eval_fraction=1.0,
   )
+  optim = dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0)
+  return common.sprites_run() | dict(method=method, model=common.sprites_vit(), optim=optim)
 
 
 def cifar10() -> dict:

@@ -3,6 +3,7 @@
   configs/supervised.py            the embedded sprites, the network of the other embedded runs
   configs/supervised.py:cifar10    ResNet-18, 200 epochs
   configs/supervised.py:imagenet   ViT-S/16, 90 epochs, batch 1024 (76.5 in the paper with RandAugment and mixup, which are not used here)
+  configs/supervised.py:vit22b     ViT-22B/14 on 1,024 devices, to plan with --mode=check
   configs/supervised.py:finetune_paws  ResNet-50 from a run of configs/paws.py:imagenet, on its 10 % of the labels
 
 Command: python -m big_ssl.main --config=configs/supervised.py
@@ -14,7 +15,7 @@ from configs import common
 
 
 def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
-  return common.pick("supervised", recipe, sprites, cifar10, imagenet, finetune_paws)
+  return common.pick("supervised", recipe, sprites, cifar10, imagenet, vit22b, finetune_paws)
 
 
 def sprites() -> dict:
@@ -41,6 +42,22 @@ def imagenet() -> dict:
     method=dict(name="supervised", scale=(0.05, 1.0)),
     model=dict(name="vit", variant="S", patch=16, image_size=224),
     optim=dict(name="adamw", lr=1e-3, warmup="10000steps", weight_decay=0.1, clip=1.0),
+  )
+
+
+def vit22b() -> dict:
+  """ViT-22B/14 (arXiv 2302.05442): batch 65,536, 177,000 steps, 1,024 devices; the paper's labels (JFT) are not public.
+
+  Own choices: softmax, AdamW with a cosine schedule in place of Adafactor with reciprocal square roots. What a device holds
+  and what a step sends can be read without any such device, in minutes on a CPU:
+
+  Command: python -m big_ssl.main --config=configs/supervised.py:vit22b --mode=check --devices=1024 --data=sprites
+  """
+  return common.imagenet_run(total="177000steps", batch_size=65536) | dict(
+    method=dict(name="supervised", scale=(0.05, 1.0)),
+    model=dict(name="vit22b"),
+    optim=dict(name="adamw", lr=1e-3, warmup="10000steps", weight_decay=0.03, clip=1.0),
+    mesh=dict(data=-1, fsdp=128, tensor=8),
   )
 
 

@@ -86,13 +86,13 @@ def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop
   stop = run.total_steps if stop is None else stop
   history, extract = [], Extractor(run)
   with jax.set_mesh(run.mesh):
-    step_fn = run.jit_step()
+    step_fns = {patch: run.jit_step(patch) for patch in run.methods}
     step = start = int(state.step)
     while step < stop:
       if step in run.method.refresh_steps():
         state, _ = refresh(run, extract, state)
       for raw in run.batches(step, min(run.boundary_after(step), stop), state.extra):
-        state, metrics = step_fn(state, raw, run.resident)
+        state, metrics = step_fns[run.patch_at(start + len(history))](state, raw, run.resident)
         history.append({k: float(v) for k, v in metrics.items()})
       step = start + len(history)
   return state, history
@@ -100,3 +100,14 @@ def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop
 
 def leaves_equal(a, b) -> bool:
   return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def nested(tree: dict) -> dict:
+  """{"backbone", "head", "predictor"} of a file's weights as PAWS keeps them: {"encoder": {"backbone", "head"}, "predictor"}."""
+  encoder = {name: branch for name, branch in tree.items() if name != "predictor"}
+  return {"encoder": encoder, "predictor": tree.get("predictor", {})}
+
+
+def unnested(tree: dict) -> dict:
+  """The inverse of `nested`."""
+  return tree.get("encoder", {}) | {name: branch for name, branch in tree.items() if name != "encoder" and branch}

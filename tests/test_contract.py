@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import os
@@ -29,7 +30,7 @@ def abstract_run(name: str, recipe: str) -> setup.Run:
   overrides = {"data.source": "sprites", "data.train_examples": 64, "data.eval_examples": 16, "data.image_size": 32, "optim.warmup": "0steps"}
   overrides |= engine.few_labels(engine.load(name, recipe))
   if "fsdp" in str(engine.load(name, recipe).mesh):
-    overrides["mesh.fsdp"] = 1
+    overrides |= {"mesh.fsdp": 1, "mesh.tensor": 1}
   return setup.make_run(engine.load(name, recipe, **overrides), devices=jax.devices()[:1])
 
 
@@ -121,6 +122,9 @@ def changed(field: dataclasses.Field, value):
   """Another valid value of a field: the rule is by type, with names deciding where sizes must stay multiples."""
   if isinstance(value, bool):
     return not value
+  if isinstance(value, str) and "Literal[" in str(field.type):
+    options = ast.literal_eval(f"({str(field.type).partition('[')[2].rpartition(']')[0]},)")
+    return next(v for v in options if v != value)
   if isinstance(value, str):
     return [v for v in ("pil", "simclr") if v != value][0]
   if isinstance(value, int):

@@ -16,23 +16,26 @@ MAX_LINES = 420
 MAY_IMPORT = {
   "core": ("core",),
   "core.types": (),
-  "core.method": ("core.types",),
+  "core.method": ("core.types", "core.packing"),
   "core.resampling": ("core.types",),
+  "core.packing": ("core.types",),
   "core.health": ("core.types",),
   "core.logger": ("core.types",),
   "core.checkpoint": ("core.types",),
   "core.step": ("core", "augment"),  # the step is where augmentation, loss and optimizer meet
   "losses": ("core.types", "losses", "ops"),
   "ops": ("core.types", "ops"),
-  "augment": ("core.types", "core.resampling", "augment"),
-  "models": ("core.types", "losses", "ops", "augment", "models"),
+  "augment": ("core.types", "core.packing", "core.resampling", "augment"),
+  "models": ("core.types", "core.packing", "losses", "ops", "augment", "models"),
   "weights": ("core.types", "models", "weights"),
+  "weights.transfer": ("core.types", "core.config", "core.checkpoint", "models", "weights"),
+  "weights.__main__": ("core.types", "core.checkpoint", "weights"),
   "methods": (
-    *("core.types", "core.method", "core.health", "core.schedules"),
+    *("core.types", "core.method", "core.health", "core.packing", "core.schedules"),
     *("losses", "ops", "augment", "models", "methods"),
   ),
   "evals": ("core.types", "core.method", "losses", "ops", "augment", "models", "evals"),
-  "data": ("core.types", "core.method", "core.resampling", "data"),
+  "data": ("core.types", "core.method", "core.packing", "core.resampling", "data"),
   "configs": ("core.types",),
 }
 # Libraries that only some files may import; a name ends at a dot.

@@ -18,6 +18,7 @@ def cut(
   interpolation: str = "bilinear",
   antialias: bool = True,
   sizes: Array | None = None,
+  extent: Array | None = None,
 ) -> Array:
   """Crops `box`, resizes it to `size` with the antialiasing of PIL, flips it left-right where asked.
 
@@ -36,6 +37,9 @@ def cut(
       "center"); given, the filter reads the image around the box too, as resizing the image and then cutting the
       crop does (`crop="center"`; without it the outermost pixels are up to 5 gray levels off, inside 1).
 
+    extent: [B, V, 2] height and width in pixels that each crop gets, in the top left of `size`, which is black elsewhere;
+      None is all of it.
+
   Returns:
     [B, V, h, w, C] float32 in [0, 1].
   """
@@ -45,10 +49,11 @@ def cut(
     image = image / jnp.iinfo(canvas.dtype).max
   image = jnp.moveaxis(image, -1, 1)  # [B, C, Hc, Wc]: with the channels last the products take 1.4 times as long
   limits = (None, None) if sizes is None else (sizes[:, None, 0], sizes[:, None, 1])
+  samples = (None, None) if extent is None else (extent[..., 0], extent[..., 1])
   options = {"interpolation": interpolation, "antialias": antialias, "xp": jnp}
-  weights_y = axis_weights(box[..., 0], box[..., 2], size=height, canvas=canvas.shape[1], limit=limits[0], **options)
+  weights_y = axis_weights(box[..., 0], box[..., 2], size=height, canvas=canvas.shape[1], limit=limits[0], samples=samples[0], **options)
   weights_x = axis_weights(
-    box[..., 1], box[..., 3], size=width, canvas=canvas.shape[2], limit=limits[1], flip=flip, **options
+    box[..., 1], box[..., 3], size=width, canvas=canvas.shape[2], limit=limits[1], flip=flip, samples=samples[1], **options
   )
   precision = jax.lax.Precision.HIGHEST  # TF32 and bf16 products lose gray levels
   rows = jnp.einsum("bvyh,bchw->bvycw", weights_y, image, precision=precision)

@@ -102,6 +102,16 @@ class OptimConfig:
   rules: tuple[Rule, ...] = ()
 
 
+# Of attention and MLP: by heads and hidden channels on the way in, and on the way out, so that a block has one reduction
+# over "tensor" per pair (arXiv 1909.08053, section 3).
+TRANSFORMER_RULES = (
+  (r"attention/(query|key|value)/(kernel|bias)$", -2),  # [D, heads, d] and [heads, d]
+  (r"attention/out/kernel$", -3),  # [heads, d, D]
+  (r"(block_\d+|map_head)/mlp/(fc1|gate|value)/(kernel|bias)$", -1),
+  (r"(block_\d+|map_head)/mlp/(fc2|out)/kernel$", -2),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Devices per axis; -1 takes what is left. `tensor_rules` maps path patterns to the dimension split over "tensor"."""
@@ -110,7 +120,7 @@ class MeshConfig:
   fsdp: int = 1
   tensor: int = 1
   fsdp_min_size: int = 65536
-  tensor_rules: tuple[tuple[str, int], ...] = ()
+  tensor_rules: tuple[tuple[str, int], ...] = TRANSFORMER_RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

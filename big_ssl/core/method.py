@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, TrainState
+from big_ssl.core.packing import Packing
+from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, Size, TrainState, sides
 
 Augment = Callable[[Array, Array], Array]  # (key, image [H, W, C] float32 in [0, 1]) -> image; a frozen dataclass
 
@@ -36,10 +37,13 @@ class View:
       `batch[name + "_flip"]`, [B, count] bool; and `batch["size"]`, [B, 2] height and width in pixels of the image (as
       decoded into the canvas). Boxes of "random_resized" are whole pixels: round(box * size) is exact.
     augment: photometric operations, per image, on the device, in this order.
+    packing: crops keep their aspect and get the size that their packing gives them, in the top left of `size`;
+      `batch[name + "_plan"]` says where their patches go (`augment.patches.pack_native`). Needs count=1, and a batch of
+      whole shards on every device.
   """
 
   name: str
-  size: int | tuple[int, int]
+  size: Size
   count: int = 1
   crop: Literal["random_resized", "clipped", "center", "none"] = "random_resized"
   scale: tuple[float, float] = (0.08, 1.0)
@@ -50,10 +54,11 @@ class View:
   center_fraction: float = 1.0
   return_box: bool = False
   augment: tuple[Augment, ...] = ()
+  packing: Packing | None = None
 
   @property
   def shape(self) -> tuple[int, int]:
-    return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+    return sides(self.size)
 
 
 @dataclasses.dataclass(frozen=True)

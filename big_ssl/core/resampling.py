@@ -36,6 +36,7 @@ def axis_weights(
   flip: Any = None,
   limit: Any = None,
   antialias: bool = True,
+  samples: Any = None,
 ) -> Any:
   """The matrix that cuts [start, start + length) out of an axis and resamples it to `size` samples.
 
@@ -52,10 +53,11 @@ def axis_weights(
     flip: [...] bool, reverses the samples.
     limit: [...] pixels of the axis that belong to the image; given, the kernel sees all of them, as when the whole
       image is resized and the crop cut afterwards (evaluation).
+    samples: [...] how many of the `size` samples the crop becomes, from 1 on; the rest of the rows is 0. None is all.
     antialias: False never stretches the kernel: tf.image.resize without antialiasing, half-pixel centers.
 
   Returns:
-    [..., size, canvas] float32, rows sum to 1.
+    [..., size, canvas] float32, rows sum to 1 (those beyond `samples` to 0).
   """
   if interpolation not in INTERPOLATIONS:
     raise UserError(
@@ -65,9 +67,13 @@ def axis_weights(
   start = xp.asarray(start, xp.float32)[..., None]
   length = xp.asarray(length, xp.float32)[..., None]
   sample = xp.arange(size, dtype=xp.float32) + 0.5
+  count = size if samples is None else xp.asarray(samples, xp.float32)[..., None]
+  if samples is not None:
+    beyond = sample > count
+    sample = xp.minimum(sample, count - 0.5)  # a place in the crop, so that no row is empty
   if flip is not None:
-    sample = xp.where(xp.asarray(flip)[..., None], size - sample, sample)
-  scale = length / size
+    sample = xp.where(xp.asarray(flip)[..., None], count - sample, sample)
+  scale = length / count
   center = (start + sample * scale)[..., None]  # [..., size, 1]
   pixel = xp.arange(canvas, dtype=xp.float32)
   if limit is None:
@@ -79,4 +85,5 @@ def axis_weights(
     distance = distance / xp.maximum(scale, 1.0)[..., None]
   kernel = _triangle if interpolation == "bilinear" else _cubic
   weights = kernel(distance, xp) * inside[..., None, :]
-  return (weights / weights.sum(-1, keepdims=True)).astype(xp.float32)
+  weights = weights / weights.sum(-1, keepdims=True)
+  return (weights if samples is None else xp.where(beyond[..., None], 0.0, weights)).astype(xp.float32)

@@ -32,6 +32,7 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
     "_box" [B, count, 4], view.name + "_flip" [B, count] and "size" [B, 2].
   """
   names = {v.name for v in inputs.views}
+  plans = {v.name: {k.split("/")[-1]: x for k, x in raw.items() if k.startswith(f"{v.name}/plan/")} for v in inputs.views if v.packing}
   batch = {k: v for k, v in raw.items() if k.split("/")[0] not in names and k not in ("canvas", "size")}
   canvas = raw.get("canvas")
   if canvas is None and resident is not None:
@@ -46,12 +47,14 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
       whole = view.crop == "center"  # the filter reads around the crop, as "resize, then cut" does
       sizes = _sizes(raw, canvas) if whole else None
       kwargs = {"interpolation": view.interpolation, "antialias": view.antialias}
-      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, sizes=sizes, **kwargs)
+      extent = plans[view.name]["extent"][:, None] * view.packing.patch if view.packing else None
+      cut[view.name] = resample.cut(canvas, boxes, flips, size=view.shape, sizes=sizes, extent=extent, **kwargs)
     if view.return_box:
       batch["size"] = _sizes(raw, canvas)
       batch[f"{view.name}_box"] = _normalized(raw[f"{view.name}/box"], batch["size"])
       batch[f"{view.name}_flip"] = raw[f"{view.name}/flip"]
   rows = jnp.arange(raw["index"].shape[0])
+  batch |= {f"{name}_plan": plan for name, plan in plans.items()}
   return batch | augment.augment_views(inputs.views, cut, key, row=rows)
 
 

@@ -16,6 +16,7 @@ import jax
 
 PyTree = Any
 Array = jax.Array
+Size = int | tuple[int, int]  # of an image in pixels: both sides, or height and width
 Params = PyTree
 Extra = dict[str, PyTree]
 Metrics = dict[str, Array]
@@ -101,3 +102,8 @@ class Rule:
   clip: bool = True
   freeze_until: Interval | None = None
   momentum: float = 1.0
+
+
+def sides(size: Size) -> tuple[int, int]:
+  """Height and width."""
+  return (size, size) if isinstance(size, int) else tuple(size)

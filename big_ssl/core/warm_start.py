@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -26,14 +26,17 @@ _PLACES = (
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-  """The new state, how many of its tensors were taken, and the weights and statistics that stay as initialized."""
+  """The new state, how many of its tensors were taken, which of them were adapted, and what stays as initialized."""
 
   state: TrainState
   taken: int
+  adapted: tuple[str, ...]
   fresh: tuple[str, ...]
 
 
-def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: InitFrom) -> WarmStart:
+def warm_start(
+  state: TrainState, saved: Mapping[str, np.ndarray], *, config: InitFrom, adapt: Callable[..., np.ndarray | None]
+) -> WarmStart:
   """Weights and batch statistics by name and shape; step, optimizer, queues, centers and banks stay new.
 
   A teacher that the earlier run did not have starts as its student does.
@@ -42,6 +45,8 @@ def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: In
     state: freshly initialized, placed.
     saved: {path: array} of the earlier run's checkpoint.
     config: which tree, and what stays as initialized.
+    adapt: called as adapt(path, value, shape=shape) for a tensor of the backbone that has another shape here; returns it
+      in this shape, or None where that has no meaning.
 
   Raises:
     UserError: the earlier run has no such tree, or its backbone is another one.
@@ -50,7 +55,7 @@ def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: In
   where = f"config.init_from.path={config.path!r}"
   if config.tree == "teacher" and not any(owner == "teacher" for _, owner, _ in there):
     raise UserError(f"config.init_from.tree='teacher': the run in {config.path} has no teacher; use 'student'.")
-  fresh, missing, different, count = [], [], [], 0
+  fresh, adapted, missing, different, count = [], [], [], [], 0
 
   def take(key_path: tuple, value: jax.Array) -> jax.Array:
     nonlocal count
@@ -62,6 +67,11 @@ def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: In
     order = ("teacher", "student") if owner == "teacher" or config.tree == "teacher" else ("student", "teacher")
     found = next((there[kind, o, name] for o in order if (kind, o, name) in there), None)
     skipped = bool(config.skip) and re.search(config.skip, path) is not None
+    if found is not None and not skipped and found.shape != value.shape and name.startswith("backbone/"):
+      there_shape, as_here = found.shape, adapt(path, found, shape=value.shape)
+      if as_here is not None:
+        found = as_here
+        adapted.append(f"{path} {list(there_shape)} to {list(value.shape)}")
     if skipped or found is None or found.shape != value.shape:
       fresh.append(path)
       if name.startswith("backbone/") and not skipped:
@@ -82,7 +92,7 @@ def warm_start(state: TrainState, saved: Mapping[str, np.ndarray], *, config: In
       if items
     ]
     raise UserError(f"{where}: its backbone is another one. {'; '.join(parts)}. Use the config.model of that run.")
-  return WarmStart(state.replace(params=new["params"], extra=new["extra"]), count, tuple(fresh))
+  return WarmStart(state.replace(params=new["params"], extra=new["extra"]), count, tuple(adapted), tuple(fresh))
 
 
 def _place(path: str) -> tuple[str, str, str] | None:

@@ -15,7 +15,7 @@ import numpy as np
 from big_ssl.core.method import ClassBalanced, Inputs, Sequential, Shuffle
 from big_ssl.core.resampling import axis_weights
 from big_ssl.core.types import UserError
-from big_ssl.data import plan
+from big_ssl.data import packing, plan
 from big_ssl.data.balanced import BalancedPlan, labeled_rows
 from big_ssl.data.decode import BadImage, place
 from big_ssl.data.source import DataSource
@@ -105,6 +105,9 @@ class Pipeline:
       if f"{view.name}/pixels" not in pixels or view.return_box:
         boxes = plan.boxes(view, sizes, seed=self._seed, positions=positions)
         batch[f"{view.name}/box"], batch[f"{view.name}/flip"] = boxes.box, boxes.flip
+        if view.packing is not None:
+          shards = packing.plan(view.packing, boxes.box[:, 0, 2:], seed=self._seed, name=view.name, positions=positions)
+          batch |= {f"{view.name}/plan/{key}": value for key, value in packing.as_batch(shards).items()}
     if self.resident is None and self._crop == "device" or any(v.return_box for v in self._inputs.views):
       batch["size"] = sizes.astype(np.int32)
     return batch | pixels
@@ -189,6 +192,10 @@ class Pipeline:
         out[f"{v.name}/pixels"] = np.zeros((b, v.count, *v.shape, self._source.channels), dtype)
       if self._crop != "host" or v.return_box:
         out[f"{v.name}/box"], out[f"{v.name}/flip"] = np.ones((b, v.count, 4), np.float32), np.zeros((b, v.count), bool)
+      if v.packing is not None:
+        positions = np.arange(b)
+        shards = packing.plan(v.packing, np.ones((b, 2), np.int64), seed=0, name=v.name, positions=positions)
+        out |= {f"{v.name}/plan/{key}": np.zeros_like(value) for key, value in packing.as_batch(shards).items()}
     if self.resident is None and self._crop == "device":
       out["canvas"] = np.zeros((b, self._canvas, self._canvas, self._source.channels), dtype)
     if self.resident is None and self._crop == "device" or any(v.return_box for v in views):

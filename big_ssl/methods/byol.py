@@ -27,7 +27,7 @@ from big_ssl.augment.photometric import (
 )
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError
 from big_ssl.losses import classify
 from big_ssl.losses.regression import normalized_mse
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_shares, normalize
@@ -43,6 +43,7 @@ class BYOL(Method):
   Attributes:
     hidden_dim, output_dim: of projector and predictor, Linear - BN - ReLU - Linear without bias.
     projector_layers, predictor_layers: linear layers; 0 predictor layers is the ablation that collapses.
+    head_norm: BN without scale and bias after the projector, as in MoCo v3 (arXiv 2104.02057); for backbones without BN.
     momentum, momentum_final: tau, a cosine from the first to the second over training, without warm-up.
     own_target_init: the target starts from its own random weights; False copies the online ones.
     online_classifier: a linear classifier of the pooled features of view 1, which get no gradient from it, is trained
@@ -58,11 +59,12 @@ class BYOL(Method):
   output_dim: int = 256
   projector_layers: int = 2
   predictor_layers: int = 2
+  head_norm: bool = False
   momentum: float = 0.996
   momentum_final: float = 1.0
   own_target_init: bool = True
   online_classifier: bool = False
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
   blur: tuple[float, float] = (1.0, 0.1)
@@ -105,14 +107,14 @@ class BYOL(Method):
 
   # 2. Networks
 
-  def _mlp(self, layers: int) -> ProjectionHead:
-    hidden = (self.hidden_dim,) * (layers - 1)
-    return ProjectionHead(hidden=hidden, output=self.output_dim, activation="relu", final_bias=False, init_std="lecun")
+  def _mlp(self, layers: int, *, norm: bool = False) -> ProjectionHead:
+    options = dict(activation="relu", final_bias=False, init_std="lecun", final_batch_norm=norm, final_scale=False)
+    return ProjectionHead(hidden=(self.hidden_dim,) * (layers - 1), output=self.output_dim, **options)
 
   @property
   def encoder(self) -> Encoder:
     predictor = self._mlp(self.predictor_layers) if self.predictor_layers else None
-    return Encoder(backbone=self.model, head=self._mlp(self.projector_layers), predictor=predictor)
+    return Encoder(backbone=self.model, head=self._mlp(self.projector_layers, norm=self.head_norm), predictor=predictor)
 
   @property
   def target_encoder(self) -> Encoder:

@@ -25,7 +25,7 @@ import numpy as np
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
 from big_ssl.core import health
 from big_ssl.core.method import Extract, Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, TrainState, UserError
+from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, Size, TrainState, UserError, sides
 from big_ssl.losses import classify, cluster
 from big_ssl.methods.parts import center_view, check_channels, check_least, normalize
 from big_ssl.models.alexnet import AlexNet
@@ -63,7 +63,7 @@ class DeepCluster(Method):
   reassign: Interval = Interval(1, "epochs")
   max_repeats: int = 0
   relu: bool = True
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
@@ -91,7 +91,7 @@ class DeepCluster(Method):
 
   @property
   def feature_dim(self) -> int:
-    images = jax.ShapeDtypeStruct((1, self.size, self.size, self.image_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *sides(self.size), self.image_channels), jnp.float32)
     return jax.eval_shape(lambda x: self.encoder.init_with_output(jax.random.key(0), x, train=False)[0]["pooled"], images).shape[1]
 
   def new_head(self, rng: Array, features: int) -> Params:

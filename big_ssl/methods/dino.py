@@ -26,7 +26,7 @@ from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.schedules import cosine
-from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import distill
 from big_ssl.losses.regularizers import entropy
 from big_ssl.methods.parts import (
@@ -66,6 +66,7 @@ class DINO(Method):
     gray: probability of grayscale.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
+    pack_crops: the crops of so many images share sequences of the student's ViT, see `models.packed`; 0 does not pack.
   """
 
   num_prototypes: int = 65536
@@ -84,8 +85,8 @@ class DINO(Method):
   momentum_final: float = 1.0
   global_views: int = 2
   local_views: int = 8
-  global_size: int = 224
-  local_size: int = 96
+  global_size: Size = 224
+  local_size: Size = 96
   global_scale: tuple[float, float] = (0.4, 1.0)
   local_scale: tuple[float, float] = (0.05, 0.4)
   blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
@@ -95,11 +96,12 @@ class DINO(Method):
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
+  pack_crops: int = 0
 
   accumulation_reason = "the center is the mean of the teacher's outputs over the whole batch"
 
   def __post_init__(self):
-    check_least(self, num_prototypes=2, hidden_dim=1, bottleneck_dim=1, head_layers=1, freeze_epochs=0, teacher_warmup_epochs=0)
+    check_least(self, num_prototypes=2, hidden_dim=1, bottleneck_dim=1, head_layers=1, freeze_epochs=0, teacher_warmup_epochs=0, pack_crops=0)
     check_positive(self, "student_temperature", "teacher_temperature", "teacher_temperature_start")
     check_shares(self, "center_momentum", "momentum", "momentum_final", "solarize", "gray")
     self._check_views()
@@ -178,7 +180,7 @@ class DINO(Method):
 
     # 3.2 Teacher on the large crops, student on all: logits t [G, B, K] and s [V, B, K].
     teacher = encode_crops(as_teacher(self.encoder), extra["teacher"], extra["teacher_batch_stats"], large, train=True)
-    student = encode_crops(self.encoder, params["encoder"], extra["batch_stats"], groups, train=True, rng=rng)
+    student = encode_crops(self.encoder, params["encoder"], extra["batch_stats"], groups, train=True, rng=rng, pack=self.pack_crops)
     t, s = jax.lax.stop_gradient(teacher.out["projection"]), student.out["projection"]
 
     # 3.3 Cross-entropy with the center from before this batch; then the center moves.
@@ -189,6 +191,7 @@ class DINO(Method):
     metrics = self._health(s, t, center=extra["center"], tau=tau, total=total)
     pooled = student.out["pooled"][: len(t)]
     metrics |= health.embedding(pooled.reshape(-1, pooled.shape[-1]))
+    metrics |= {"padding": student.out["padding"]} if "padding" in student.out else {}
     stats = {"batch_stats": student.batch_stats, "teacher_batch_stats": teacher.batch_stats, "center": center}
     return total, (extra | stats, jax.lax.stop_gradient(metrics))
 

@@ -18,6 +18,7 @@ logarithm of the aspect uniform where TensorFlow draws the aspect itself; large 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from big_ssl.augment.correspondence import patch_positions, pixel_boxes
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Solarize
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError, sides
 from big_ssl.losses import location
 from big_ssl.methods import parts
 from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode
@@ -73,9 +74,9 @@ class LOCA(Method):
   momentum: float = 0.996
   momentum_final: float = 1.0
   teacher_drop_path: bool = True
-  reference_size: int = 224
-  query_size: int = 224
-  focal_size: int = 96
+  reference_size: Size = 224
+  query_size: Size = 224
+  focal_size: Size = 96
   focal_queries: int = 9
   reference_seqlen: int = 39
   query_seqlen: int = 70
@@ -105,11 +106,21 @@ class LOCA(Method):
     patch = getattr(self.model, "patch", None)
     if patch is None or getattr(self.model, "stem_channels", ()):
       raise UserError(f"config.model: LOCA needs a ViT with a linear patch embedding; {type(self.model).__name__} as configured is none.")
+    if getattr(self.model, "patch_sizes", ()):
+      raise UserError(f"config.model.patch_sizes={self.model.patch_sizes}: LOCA's positions are patches, of one size in training; use ().")
     parts.check_patches(self, "reference_size", "query_size", "focal_size")
     for name, size in (("reference_seqlen", self.reference_size), ("query_seqlen", self.query_size)):
-      positions = (size // patch) ** 2
+      positions = self.patches(size)
       if not 1 <= getattr(self, name) <= positions:
         raise UserError(f"config.method.{name}={getattr(self, name)}: from 1 to the {positions} patches of a view of {size} pixels.")
+
+  def grid(self, size: Size) -> tuple[int, int]:
+    """Patches down and across a view."""
+    height, width = sides(size)
+    return height // self.model.patch, width // self.model.patch
+
+  def patches(self, size: Size) -> int:
+    return math.prod(self.grid(size))
 
   # 1. Views
 
@@ -117,7 +128,7 @@ class LOCA(Method):
     s = self.color_strength
     jitter = ColorJitter(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s, p=0.8, style="byol")
 
-    def view(name: str, size: int, count: int, scale: tuple[float, float], flip: float, blur: float, solarize: float) -> View:
+    def view(name: str, size: Size, count: int, scale: tuple[float, float], flip: float, blur: float, solarize: float) -> View:
       augment = (
         jitter,
         Grayscale(p=self.gray, luma="byol"),
@@ -138,9 +149,8 @@ class LOCA(Method):
   def query_positions(self, batch: dict[str, Array], name: str) -> Array:
     """The reference patch under each patch of the views `name`, [B, V * T] int32, row-major, -1 outside."""
     reference, query = (pixel_boxes(batch[f"{n}_box"], sides=batch["size"][:, None]) for n in ("reference", name))
-    patch, size = self.model.patch, batch[name].shape[2:4]
-    grid = (self.reference_size // patch,) * 2
-    found = patch_positions(reference[:, 0], query, batch[f"{name}_flip"], grid=grid, size=size, patch=patch)
+    grid, size = self.grid(self.reference_size), batch[name].shape[2:4]
+    found = patch_positions(reference[:, 0], query, batch[f"{name}_flip"], grid=grid, size=size, patch=self.model.patch)
     return found.reshape(found.shape[0], -1)
 
   # 2. Networks
@@ -157,8 +167,7 @@ class LOCA(Method):
   @property
   def position_head(self) -> PositionHead:
     vit, size = self.model, self.model.size()
-    positions = (self.reference_size // vit.patch) ** 2
-    return PositionHead(positions=positions, heads=size.heads, mlp_dim=size.mlp_dim, epsilon=vit.layernorm_eps, dtype=vit.dtype)
+    return PositionHead(positions=self.patches(self.reference_size), heads=size.heads, mlp_dim=size.mlp_dim, epsilon=vit.layernorm_eps, dtype=vit.dtype)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     rng_encoder, rng_head = jax.random.split(rng)
@@ -218,12 +227,11 @@ class LOCA(Method):
 
   def visible_run(self, rng: Array) -> Array:
     """Consecutive tokens, row-major, one offset for the batch; [reference_seqlen] int32."""
-    positions = (self.reference_size // self.model.patch) ** 2
-    return jax.random.randint(rng, (), 0, positions - self.reference_seqlen + 1) + jnp.arange(self.reference_seqlen)
+    return jax.random.randint(rng, (), 0, self.patches(self.reference_size) - self.reference_seqlen + 1) + jnp.arange(self.reference_seqlen)
 
   def kept_tokens(self, rng: Array) -> Array:
     """Tokens of the large query that stay, one random set for the batch; [query_seqlen] int32."""
-    return jax.random.permutation(rng, (self.query_size // self.model.patch) ** 2)[: self.query_seqlen]
+    return jax.random.permutation(rng, self.patches(self.query_size))[: self.query_seqlen]
 
   # 4. The teacher's update
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses.contrastive import InfoNCE, queue_nce
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoded, Encoder, as_teacher, copy_tree, encode
@@ -62,7 +62,7 @@ class MoCo(Method):
   output_dim: int = 128
   symmetric: bool = False
   shuffle_bn: bool = True
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.2, 1.0)
   color_strength: float = 0.4
   hue: float = 0.1

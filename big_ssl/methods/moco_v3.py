@@ -27,7 +27,7 @@ from big_ssl.augment.photometric import (
 )
 from big_ssl.core import health, schedules
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size
 from big_ssl.losses.contrastive import batch_nce
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode, teacher_tree
@@ -65,7 +65,7 @@ class MoCoV3(Method):
   predictor_norm: bool = True
   freeze_patches: bool = True
   decay_all: bool = True
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
   blur: tuple[float, float] = (1.0, 0.1)

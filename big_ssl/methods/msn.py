@@ -23,10 +23,10 @@ from big_ssl.augment import masking
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import distill
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
-from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, crop_major, encode
+from big_ssl.models.encoder import Encoded, Encoder, as_teacher, copy_tree, crop_major, encode, encode_packed
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.ops.ema import ema
 
@@ -52,6 +52,7 @@ class MSN(Method):
     color_strength, blur, gray: strength of the jitter, probabilities of blur and grayscale.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
+    pack_crops: the anchors of so many images share sequences of the ViT, see `models.packed`; 0 does not pack.
   """
 
   num_prototypes: int = 1024
@@ -72,8 +73,8 @@ class MSN(Method):
   mask_per_image: bool = False
   rand_views: int = 1
   focal_views: int = 10
-  rand_size: int = 224
-  focal_size: int = 96
+  rand_size: Size = 224
+  focal_size: Size = 96
   rand_scale: tuple[float, float] = (0.3, 1.0)
   focal_scale: tuple[float, float] = (0.05, 0.3)
   color_strength: float = 0.5
@@ -82,11 +83,12 @@ class MSN(Method):
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
+  pack_crops: int = 0
 
   accumulation_reason = "me-max, Sinkhorn and batch normalization need the whole batch"
 
   def __post_init__(self):
-    check_least(self, num_prototypes=2)
+    check_least(self, num_prototypes=2, pack_crops=0)
     if not 0 <= self.patch_drop < 1:
       raise UserError(f"config.method.patch_drop={self.patch_drop}: expected a share in [0, 1).")
     if self.rand_views + self.focal_views < 1:
@@ -138,17 +140,8 @@ class MSN(Method):
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     # 3.1 Anchors, each resolution its own batch: z [M*B, D], view-major.
-    stats, anchors = extra["batch_stats"], []
-    rng_mask, rng_rand, rng_focal = jax.random.split(rng, 3)
-    if self.rand_views:
-      images = crop_major(batch["rand"])  # [R*B, H, W, C]
-      keep = self.keep_patches(rng_mask, images)
-      z, stats = self._project(params["encoder"], stats, images, rng_rand, keep)
-      anchors.append(z)
-    if self.focal_views:
-      z, stats = self._project(params["encoder"], stats, crop_major(batch["focal"]), rng_focal, None)
-      anchors.append(z)
-    z = jnp.concatenate(anchors)
+    anchors = (self._packed_anchors if self.pack_crops else self._anchors)(params["encoder"], extra["batch_stats"], batch, rng)
+    z = anchors.out["projection"]
 
     # 3.2 Targets: the EMA encoder in train mode, so that its BN uses this batch.
     target = encode(self.target_encoder, extra["teacher"], extra["teacher_batch_stats"], batch["target"][:, 0], train=True)
@@ -170,14 +163,39 @@ class MSN(Method):
     )
     metrics = {"ce": out.ce, "memax": out.memax, "entropy": out.entropy, "max_target": out.max_target, "distinct_targets": out.distinct_targets}
     metrics |= health.distribution(out.targets, name="target") | health.distribution(out.probabilities, name="prediction")
+    metrics |= {"padding": anchors.out["padding"]} if "padding" in anchors.out else {}
     metrics |= health.embedding(z) | {"agreement": health.agreement(z[: h.shape[0]], h), "sharpen": self.sharpening(step)}
-    extra = extra | {"batch_stats": stats, "teacher_batch_stats": target.batch_stats}
+    extra = extra | {"batch_stats": anchors.batch_stats, "teacher_batch_stats": target.batch_stats}
     return out.total, (extra, jax.lax.stop_gradient(metrics))
 
-  def _project(self, params: Params, stats: Extra, images: Array, rng: Array, keep: Array | None) -> tuple[Array, Extra]:
-    kwargs = {} if keep is None else {"keep": keep}
-    encoded = encode(self.encoder, params, stats, images, train=True, rng=rng, **kwargs)
-    return encoded.out["projection"], encoded.batch_stats
+  def _anchors(self, params: Params, stats: Extra, batch: dict[str, Array], rng: Array) -> Encoded:
+    """Random views with patches dropped, then focal views, each kind a batch of its own."""
+    rng_mask, rng_rand, rng_focal = jax.random.split(rng, 3)
+    z = []
+    for name, count, key in (("rand", self.rand_views, rng_rand), ("focal", self.focal_views, rng_focal)):
+      if count:
+        images = crop_major(batch[name])  # [V*B, H, W, C]
+        keep = self.keep_patches(rng_mask, images) if name == "rand" else None
+        kwargs = {} if keep is None else {"keep": keep}
+        encoded = encode(self.encoder, params, stats, images, train=True, rng=key, **kwargs)
+        stats = encoded.batch_stats
+        z.append(encoded.out["projection"])
+    return Encoded({"projection": jnp.concatenate(z)}, stats)
+
+  def _packed_anchors(self, params: Params, stats: Extra, batch: dict[str, Array], rng: Array) -> Encoded:
+    """The same of both kinds in common sequences; the head's BN still sees each kind by itself."""
+    rng_mask, rng_drop, _ = jax.random.split(rng, 3)
+    groups = [batch[name] for name, count in (("rand", self.rand_views), ("focal", self.focal_views)) if count]
+    keeps: list[Array | None] = [None] * len(groups)
+    if self.rand_views:
+      keep = self.keep_patches(rng_mask, crop_major(groups[0]))
+      if keep is not None and keep.ndim == 2:  # rows view by view -> image by image
+        keep = keep.reshape(self.rand_views, -1, keep.shape[-1]).swapaxes(0, 1).reshape(keep.shape)
+      keeps[0] = keep
+    kwargs = {"pack": self.pack_crops, "keeps": keeps, "head_per_group": True}
+    encoded = encode_packed(self.encoder, params, stats, groups, train=True, rng=rng_drop, **kwargs)
+    z = encoded.out["projection"]  # [M, B, D]
+    return Encoded({"projection": z.reshape(-1, z.shape[-1]), "padding": encoded.out["padding"]}, encoded.batch_stats)
 
   def keep_patches(self, rng: Array, images: Array) -> Array | None:
     """Indices of the kept patches: [K] for the batch, or [N, K] with `mask_per_image`; None keeps all."""

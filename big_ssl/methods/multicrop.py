@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from big_ssl.augment.photometric import IMAGENET_MEAN, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core.method import Inputs, View
-from big_ssl.core.types import Array, Extra, Params, PyTree, UserError
+from big_ssl.core.types import Array, Extra, Params, PyTree, Size, UserError
 from big_ssl.methods.parts import center_view, check_channels, check_patches, check_shares, normalize
 from big_ssl.models.encoder import Encoder, encode, encode_crops
 from big_ssl.models.heads import ProjectionHead
@@ -46,8 +46,8 @@ class MultiCrop:
 
   large_crops: int = 2
   small_crops: int = 6
-  large_size: int = 224
-  small_size: int = 96
+  large_size: Size = 224
+  small_size: Size = 96
   large_scale: tuple[float, float] = (0.14, 1.0)
   small_scale: tuple[float, float] = (0.05, 0.14)
   color_strength: float = 1.0

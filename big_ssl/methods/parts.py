@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from big_ssl.augment.photometric import Normalize
 from big_ssl.core.method import Method, View
-from big_ssl.core.types import UserError
+from big_ssl.core.types import Size, UserError, sides
 
 
 def check_least(method: Method, **least: float) -> None:
-  """Raises `UserError` for a field below its least value: check_least(self, num_prototypes=2)."""
+  """Raises `UserError` for a field below its least value, or with a side below it: check_least(self, num_prototypes=2)."""
   for name, bound in least.items():
-    if getattr(method, name) < bound:
-      raise UserError(f"config.method.{name}={getattr(method, name)}: at least {bound} is needed.")
+    value = getattr(method, name)
+    if (min(value) if isinstance(value, tuple) else value) < bound:
+      raise UserError(f"config.method.{name}={value}: at least {bound} is needed.")
 
 
 def check_positive(method: Method, *names: str) -> None:
@@ -39,8 +40,8 @@ def check_patches(method: Method, *names: str) -> None:
   """Raises `UserError` for a side in pixels that a ViT's patches do not divide; other backbones take any."""
   patch = getattr(method.model, "patch", None)
   for name in names:
-    if isinstance(patch, int) and getattr(method, name) % patch:
-      size = getattr(method, name)
+    size = getattr(method, name)
+    if isinstance(patch, int) and any(side % patch for side in sides(size)):
       raise UserError(f"config.method.{name}={size}: must be a multiple of config.model.patch={patch}.")
 
 
@@ -49,7 +50,7 @@ def normalize(method: Method) -> tuple[Normalize, ...]:
   return (Normalize(mean=method.mean, std=method.std),) if method.mean else ()
 
 
-def center_view(method: Method, *, size: int | tuple[int, int], interpolation: str = "bilinear") -> View:
+def center_view(method: Method, *, size: Size, interpolation: str = "bilinear") -> View:
   """The usual evaluation view: the shorter side to size / `eval_fraction`, the center cut, normalized."""
   return View(
     name="image",

@@ -30,7 +30,7 @@ from big_ssl.augment.photometric import (
 )
 from big_ssl.core import health
 from big_ssl.core.method import ClassBalanced, Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import semi
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode
@@ -80,8 +80,8 @@ class PAWS(Method):
   memax_weight: float = 1.0
   label_smoothing: float = 0.1
   small_views: int = 6
-  big_size: int = 224
-  small_size: int = 96
+  big_size: Size = 224
+  small_size: Size = 96
   big_scale: tuple[float, float] = (0.14, 1.0)
   small_scale: tuple[float, float] = (0.05, 0.14)
   color_strength: float = 1.0

@@ -26,7 +26,7 @@ import numpy as np
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Extract, Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, TrainState, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, TrainState, UserError, sides
 from big_ssl.losses import classify
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
 from big_ssl.models.alexnet import AlexNet
@@ -77,7 +77,7 @@ class SeLa(Method):
   train_mode_labels: bool = False
   assignments_file: str = ""
   rotation_weight: float = 0.0
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
   jitter_p: float = 1.0
@@ -222,7 +222,7 @@ class SeLa(Method):
     if self.assignments_file or not self.solves:
       return {"given labels": self.given_labels().nbytes} if self.assignments_file else {}
     self._check_size()
-    images = jax.ShapeDtypeStruct((1, self.size, self.size, self.image_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *sides(self.size), self.image_channels), jnp.float32)
     out = jax.eval_shape(lambda x: self.encoder.init_with_output(jax.random.key(0), x, train=False)[0], images)
     dim = out[self.encoder.output].shape[-1]
     rows = 4 * self.num_examples

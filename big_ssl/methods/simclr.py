@@ -18,7 +18,7 @@ import jax
 from big_ssl.augment.photometric import ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size
 from big_ssl.losses import contrastive
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode
@@ -46,7 +46,7 @@ class SimCLR(Method):
   hidden_dim: int = 2048
   output_dim: int = 128
   head_layers: int = 2
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
   jitter: str = "simclr"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from big_ssl.augment.photometric import CIFAR_MEAN, CIFAR_STD
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import semi
 from big_ssl.methods import paws
 from big_ssl.methods.parts import center_view
@@ -53,7 +53,7 @@ class SuNCEt(Method):
   temperature: float = 0.1
   label_smoothing: float = 0.0
   fixed_statistics: bool = True
-  size: int = 32
+  size: Size = 32
   mean: tuple[float, ...] = CIFAR_MEAN
   std: tuple[float, ...] = CIFAR_STD
   eval_fraction: float = 1.0

@@ -13,7 +13,7 @@ import jax
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError
 from big_ssl.losses import classify
 from big_ssl.methods.parts import center_view, check_channels, normalize
 from big_ssl.models.encoder import Encoder, encode
@@ -37,7 +37,7 @@ class Supervised(Method):
   hidden_layers: int = 0
   zero_init: bool = False
   label_smoothing: float = 0.0
-  size: int = 224
+  size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 0.0
   mean: tuple[float, ...] = IMAGENET_MEAN

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from big_ssl.core.types import Array, Params, PyTree
+from big_ssl.core.types import Array, Params, PyTree, UserError
+from big_ssl.models import packed
 from big_ssl.ops.sharded import over_devices
 
 
@@ -104,6 +105,7 @@ def encode_crops(
   *,
   train: bool,
   rng: Array | None = None,
+  pack: int = 0,
   **kwargs: Any,
 ) -> Encoded:
   """The multi-crop forward pass of SwAV and DINO (arXiv 2006.09882, 2104.14294; public code).
@@ -115,12 +117,62 @@ def encode_crops(
   Args:
     groups: [B, V_g, H_g, W_g, C], one per kind of crop.
     rng: key of stochastic depth; the backbone batches draw independently.
+    pack: crops of so many images share sequences, see `encode_packed`; 0 does not pack.
     **kwargs: passed to the backbone for every batch.
 
   Returns:
-    "pooled", the output that the head reads and "projection", [V, B, ...]: the crops in the order of the groups.
+    "pooled", the output that the head reads and "projection", [V, B, ...]: the crops in the order of the groups. Packed
+    also "padding", the share of tokens that belong to no crop.
   """
+  if pack and len({views.shape[2:] for views in groups}) > 1:
+    return encode_packed(encoder, params, batch_stats, groups, pack=pack, train=train, rng=rng, **kwargs)
   return _apply(encoder, params, batch_stats, tuple(groups), train=train, rng=rng, method=Encoder.crops, **kwargs)
+
+
+def encode_packed(
+  encoder: Encoder,
+  params: Params,
+  batch_stats: PyTree,
+  groups: Sequence[Array],
+  *,
+  pack: int,
+  train: bool,
+  rng: Array | None = None,
+  keeps: Sequence[Array | None] | None = None,
+  head_per_group: bool = False,
+  **kwargs: Any,
+) -> Encoded:
+  """`encode_crops` with the crops of `pack` images in common sequences of a ViT (`models.packed`); the same results.
+
+  Args:
+    keeps: per group the patches that stay, for rows [B * V_g] image by image; None keeps all.
+    head_per_group: the head sees each group as a batch of its own, in order, instead of all crops at once.
+
+  Raises:
+    UserError: a backbone other than a ViT, or a head that reads an output that packing does not give.
+  """
+  rngs = _rngs(rng)
+  run = packed.run_groups(
+    encoder.backbone, params["backbone"], groups, images=pack, train=train, rngs=rngs, keeps=keeps, **kwargs
+  )
+  images, heads = groups[0].shape[0], batch_stats.get("head", {})
+  split = lambda rows: rows.reshape(images, -1, *rows.shape[1:])  # [B*V, ...] -> [B, V, ...]
+  keys = dict.fromkeys(("pooled", encoder.output))
+  if encoder.output not in run.groups[0]:
+    raise UserError(f"config.method.pack_crops={pack}: packed crops have no '{encoder.output}'; use 0.")
+  out = {key: jnp.concatenate([split(o[key]) for o in run.groups], axis=1) for key in keys}
+  if encoder.head is not None:
+    rows = [split(o[encoder.output]) for o in run.groups] if head_per_group else [out[encoder.output]]
+    projected = []
+    for views in rows:
+      variables = {"params": params["head"], "batch_stats": heads}
+      flat = views.reshape(-1, *views.shape[2:])
+      y, updated = encoder.head.apply(variables, flat, train=train, rngs=rngs, mutable=["batch_stats"] if train else [])
+      heads = updated.get("batch_stats", heads)
+      projected.append(split(y))
+    out["projection"] = jnp.concatenate(projected, axis=1)
+  out = {key: jnp.swapaxes(value, 0, 1) for key, value in out.items()} | {"padding": jnp.float32(run.padding)}
+  return Encoded(out, batch_stats | {"head": heads} if heads else batch_stats)
 
 
 def crop_major(views: Array) -> Array:
@@ -133,10 +185,14 @@ def copy_tree(tree: PyTree) -> PyTree:
   return jax.tree.map(jnp.copy, tree)
 
 
+def _rngs(rng: Array | None) -> dict[str, Array]:
+  return {} if rng is None else {"drop_path": rng, "dropout": jax.random.fold_in(rng, 1)}
+
+
 def _apply(
   encoder: Encoder, params: Params, batch_stats: PyTree, inputs: Any, *, train: bool, rng: Array | None, **kwargs: Any
 ) -> Encoded:
-  rngs = {} if rng is None else {"drop_path": rng, "dropout": jax.random.fold_in(rng, 1)}
+  rngs = _rngs(rng)
   variables = {"params": params, "batch_stats": batch_stats}
   if not train:
     return Encoded(encoder.apply(variables, inputs, train=False, rngs=rngs, **kwargs), batch_stats)

@@ -139,12 +139,16 @@ class Classifier(nn.Module):
   """Linear, BN, ReLU for each of `hidden` (0 is as wide as the input), then a linear classifier, N(0, 0.01) or zero.
 
   The hidden layers are named and initialized as those of PAWS's projection head, which its fine-tuning keeps.
+
+  Attributes:
+    pre_logits: width of a linear layer with tanh before the classifier (arXiv 2010.11929, section 3.1); 0 has none.
   """
 
   output: int
   hidden: tuple[int, ...] = ()
   zero_init: bool = False
   dtype: str = "float32"
+  pre_logits: int = 0
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
@@ -153,6 +157,8 @@ class Classifier(nn.Module):
       init = torch_uniform(x.shape[-1])
       dense = nn.Dense(width or x.shape[-1], kernel_init=init, bias_init=init, dtype=self.dtype, name=f"fc{i + 1}")
       x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i + 1}")(dense(x), train=train))
+    if self.pre_logits:
+      x = nn.tanh(nn.Dense(self.pre_logits, dtype=self.dtype, name="pre_logits")(x))
     init = nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.01)
     return nn.Dense(self.output, kernel_init=init, name="fc")(x.astype(jnp.float32))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from big_ssl.core.types import Array, UserError
+from big_ssl.core.types import Array, Size, UserError, sides
+from big_ssl.models.patch_resize import resize_kernel
 
 
 class Backbone(nn.Module):
@@ -24,7 +24,11 @@ class Backbone(nn.Module):
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
   """torch's default for convolutions and linears: uniform within +-1/sqrt(fan_in)."""
-  bound = fan_in**-0.5
+  return uniform_within(fan_in**-0.5)
+
+
+def uniform_within(bound: float) -> nn.initializers.Initializer:
+  """Uniform within +-bound."""
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -36,12 +40,34 @@ class LayerNorm(nn.Module):
 
   epsilon: float = 1e-6
   dtype: str = "float32"
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, name="norm")(x).astype(
-      self.dtype
+    norm = nn.LayerNorm(
+      epsilon=self.epsilon, dtype=jnp.float32, use_bias=self.use_bias, use_fast_variance=False, name="norm"
     )
+    return norm(x).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, statistics in float32 (arXiv 1910.07467); the output has the compute dtype."""
+
+  epsilon: float = 1e-6
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return nn.RMSNorm(epsilon=self.epsilon, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
+
+
+def make_norm(
+  kind: str, *, epsilon: float, dtype: str, use_bias: bool = True, name: str | None = None
+) -> LayerNorm | RMSNorm:
+  """The normalization called "layernorm" or "rmsnorm"; the latter never has a bias."""
+  if kind == "rmsnorm":
+    return RMSNorm(epsilon, dtype, name=name)
+  return LayerNorm(epsilon, dtype, use_bias, name=name)
 
 
 def drop_path(x: Array, *, rate: float | Array, key: Array | None) -> Array:
@@ -83,6 +109,21 @@ class Mlp(nn.Module):
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init)
     h = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=self.gelu == "tanh")
     return dense(x.shape[-1], name="fc2")(h)
+
+
+class SwiGLU(nn.Module):
+  """out(silu(gate(x)) * value(x)), `hidden` wide between (arXiv 2002.05202; DINOv2's MLP)."""
+
+  hidden: int
+  dtype: str = "float32"
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init)
+    gated = nn.silu(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="value")(x)
+    return dense(x.shape[-1], name="out")(gated)
 
 
 class BatchNorm(nn.Module):
@@ -136,36 +177,64 @@ class BatchNorm(nn.Module):
     return y.astype(self.dtype)
 
 
+class PatchConv(nn.Module):
+  """The convolution of `PatchEmbed`; its kernel is stored at one patch size and runs at any (arXiv 2212.08013).
+
+  Attributes:
+    stored: height and width of the kernel parameter.
+  """
+
+  width: int
+  stored: tuple[int, int]
+  kernel_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer
+  dtype: str
+
+  @nn.compact
+  def __call__(self, images: Array, *, patch: tuple[int, int]) -> Array:
+    kernel = self.param("kernel", self.kernel_init, (*self.stored, images.shape[-1], self.width), jnp.float32)
+    bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
+    kernel = resize_kernel(kernel, size=patch, xp=jnp)
+    images, kernel, bias = (x.astype(self.dtype) for x in (images, kernel, bias))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(images, kernel, patch, "VALID", dimension_numbers=numbers) + bias
+
+
 class PatchEmbed(nn.Module):
   """VALID convolution with stride = patch; a right or bottom remainder is cut off. [N, H, W, C] -> [N, h, w, D].
 
   Attributes:
-    init: "dino", torch's uniform default for kernel and bias; "msn", Kaiming normal over fan-in and a zero bias; "loca",
-      LeCun normal and a zero bias, flax's default; "moco_v3", uniform within sqrt(6 / (values of a patch + width)) and a
-      zero bias: Xavier over the linear map of a patch, not over the receptive field as is usual for convolutions.
+    patch: side (or height, width) of the stored kernel; a call may run it at another size, see `models/patch_resize.py`.
+    init: "dino" and "dinov2", torch's uniform default for kernel and bias; "msn", Kaiming normal over fan-in and a zero
+      bias; "loca" and "big_vision", LeCun normal and a zero bias, flax's default; "flexivit", N(0, 1/width) and a zero
+      bias; "moco_v3", uniform within sqrt(6 / (values of a patch + width)) and a zero bias: Xavier over the linear map
+      of a patch, not over the receptive field as is usual for convolutions.
   """
 
   width: int
-  patch: int
+  patch: Size
   init: str = "dino"
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, images: Array) -> Array:
+  def __call__(self, images: Array, *, patch: tuple[int, int] | None = None) -> Array:
+    """`patch`: height and width of the patches of this call; those of the stored kernel where None."""
     height, width, channels = images.shape[1:]
-    if min(height, width) < self.patch:
-      raise UserError(f"config.model.patch={self.patch}: the images are {height}x{width}, smaller than one patch.")
-    uniform = torch_uniform(channels * self.patch**2)
-    inits: dict[str, Any] = {"kernel_init": uniform, "bias_init": uniform}
-    if self.init == "msn":
-      inits = {"kernel_init": nn.initializers.variance_scaling(2.0, "fan_in", "normal")}
-    elif self.init == "loca":
-      inits = {"kernel_init": nn.initializers.lecun_normal()}
-    elif self.init == "moco_v3":
-      bound = math.sqrt(6 / (channels * self.patch**2 + self.width))
-      inits = {"kernel_init": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)}
-    size = (self.patch, self.patch)
-    return nn.Conv(self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="conv", **inits)(images)
+    stored = sides(self.patch)
+    patch = patch or stored
+    if height < patch[0] or width < patch[1]:
+      size = patch[0] if patch[0] == patch[1] else patch
+      raise UserError(f"config.model.patch={size}: the images are {height}x{width}, smaller than one patch.")
+    values, zeros = channels * math.prod(stored), nn.initializers.zeros
+    kernel_init, bias_init = {
+      "msn": (nn.initializers.variance_scaling(2.0, "fan_in", "normal"), zeros),
+      "loca": (nn.initializers.lecun_normal(), zeros),
+      "big_vision": (nn.initializers.lecun_normal(), zeros),
+      "flexivit": (nn.initializers.normal(self.width**-0.5), zeros),
+      "moco_v3": (uniform_within(math.sqrt(6 / (values + self.width))), zeros),
+    }.get(self.init, (torch_uniform(values), torch_uniform(values)))
+    conv = PatchConv(self.width, stored, kernel_init, bias_init, self.dtype, name="conv")
+    return conv(images, patch=patch)
 
 
 class ConvStem(nn.Module):
@@ -214,3 +283,18 @@ def check_last_map(model: nn.Module, images: Array) -> None:
     raise UserError(
       f"{path}: fc6 expects a last map of {wanted}x{wanted}; images of {height}x{width} give {found[0]}x{found[1]}."
     )
+
+
+def check_images(model: nn.Module, images: Array, *, keep: Array | None = None, mask: Array | None = None) -> None:
+  """Raises `UserError` for images of another number of channels than `model` has, and for `keep` and `mask`.
+
+  For backbones that need all patches of an image, or have none.
+  """
+  if images.shape[-1] != model.channels:
+    raise UserError(f"config.model.channels={model.channels}: the images have {images.shape[-1]} channels.")
+  for name, value in (("keep", keep), ("mask", mask)):
+    if value is not None:
+      raise UserError(
+        f"{name}: {type(model).__name__} reads all of an image, no patch can be left out; use a ViT, or a config.method"
+        " without dropped or masked patches."
+      )

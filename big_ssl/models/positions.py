@@ -1,4 +1,4 @@
-"""Position tables: fixed sines, and the resampling of learned tables by the five rules of the public code bases.
+"""Position tables: fixed sines, and the resampling of learned tables by the rules of the public code bases.
 
 A rule is a pair of matrices, one per axis, built in float64 from static shapes: result = M_h P M_w^T. Getting the rule
 wrong is silent and changes tokens by 0.2 to 1.6 on an N(0, 1) table, so it is a field of the model.
@@ -11,8 +11,9 @@ import math
 import numpy as np
 
 from big_ssl.core.types import UserError, nearest
+from big_ssl.models.patch_resize import bilinear_matrix
 
-RULES = ("dino", "msn", "hf", "antialias", "linear")
+RULES = ("dino", "msn", "hf", "antialias", "linear", "flexivit", "bilinear", "corners")
 
 
 def sincos(grid: tuple[int, int], *, width: int, scrambled: bool = False, temperature: float = 10_000.0) -> np.ndarray:
@@ -37,6 +38,25 @@ def sincos(grid: tuple[int, int], *, width: int, scrambled: bool = False, temper
   frequency = temperature ** -(np.arange(width // 4) / (width // 4))
   y, x = slow[:, None] * frequency, fast[:, None] * frequency
   return np.concatenate([np.sin(y), np.cos(y), np.sin(x), np.cos(x)], axis=1).astype(np.float32)
+
+
+def sincos2d(grid: tuple[int, int], *, width: int, temperature: float = 10_000.0) -> np.ndarray:
+  """The fixed table of big_vision (arXiv 2205.01580, section 2): sin x, cos x, sin y, cos y, a quarter each.
+
+  Frequencies are temperature ** (-i / (width / 4 - 1)), the last one 1 / temperature; x is the column.
+
+  Returns:
+    [h * w, width] float32, row by row.
+
+  Raises:
+    UserError: a width that has no quarters of at least 2.
+  """
+  if width % 4 or width < 8:
+    raise UserError(f"config.model.width={width}: sine positions need a multiple of 4, at least 8.")
+  y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+  frequency = temperature ** -(np.arange(width // 4) / (width // 4 - 1))
+  y, x = y[:, None] * frequency, x[:, None] * frequency
+  return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
 def table_grid(
@@ -69,7 +89,9 @@ def resample_matrices(
     rule: "dino" (DINO, DINOv2 without registers): cubic a = -0.75, borders clamped, scale (n + 0.1) / sqrt(N);
       "msn": the same kernel, one scale sqrt(n / N) for both axes, skipped when the counts are equal;
       "hf": the same kernel, scale n / g; "antialias" (timm, DINOv2 with registers): cubic a = -0.5, antialiased;
-      "linear" (big_vision FlexiViT, LOCA): linear, antialiased.
+      "linear" (LOCA): linear, antialiased; "flexivit" (big_vision): the same, skipped where the counts are equal;
+      "bilinear" (timm's other mode): linear without antialiasing, borders clamped; "corners" (what big_vision does once
+      when it loads a file): linear between the corners of the grids.
     image: (height, width) in pixels; DINO skips the resampling only where the count is equal and the image square.
 
   Raises:
@@ -92,12 +114,17 @@ def resample_matrices(
       return None
     side = math.sqrt(table[0] * table[1])
     return tuple(_cubic_clamped(n, g, (n + 0.1) / side) for n, g in zip(grid, table, strict=True))
-  if grid == table:
+  if grid == table or (rule == "flexivit" and equal_count):
     return None
+  axes = list(zip(grid, table, strict=True))
+  if rule == "bilinear":
+    return tuple(bilinear_matrix(g, new=n) for n, g in axes)
+  if rule == "corners":
+    return tuple(_corner_aligned(n, g) for n, g in axes)
   if rule == "hf":
-    return tuple(_cubic_clamped(n, g, n / g) for n, g in zip(grid, table, strict=True))
+    return tuple(_cubic_clamped(n, g, n / g) for n, g in axes)
   kernel = _cubic_half if rule == "antialias" else _triangle
-  return tuple(_antialiased(n, g, kernel) for n, g in zip(grid, table, strict=True))
+  return tuple(_antialiased(n, g, kernel) for n, g in axes)
 
 
 def _cubic_clamped(out: int, size: int, scale: float) -> np.ndarray:
@@ -109,6 +136,12 @@ def _cubic_clamped(out: int, size: int, scale: float) -> np.ndarray:
     for tap in range(-1, 3):
       matrix[i, min(max(first + tap, 0), size - 1)] += _cubic(abs(x - (first + tap)), -0.75)
   return matrix
+
+
+def _corner_aligned(out: int, size: int) -> np.ndarray:
+  """Linear, the corner places of both grids on top of each other: source x = i (size - 1) / (out - 1)."""
+  x = np.linspace(0.0, size - 1.0, out)
+  return np.maximum(0.0, 1.0 - np.abs(x[:, None] - np.arange(size)))
 
 
 def _cubic(d: float, a: float) -> float:

@@ -1,18 +1,29 @@
-"""ResNet (arXiv 1512.03385) as in torchvision: v1.5 (stride in the 3x3 convolution), symmetric padding, no bias."""
+"""ResNet (arXiv 1512.03385) as in torchvision: v1.5 (stride in the 3x3 convolution), symmetric padding, no bias.
+
+And pre-activation (v2, 1603.05027) with the strides, widths and BN of the architecture study 1901.09005 (public code).
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from big_ssl.core.types import Array, UserError
-from big_ssl.models.layers import Backbone, BatchNorm
+from big_ssl.models.layers import Backbone, BatchNorm, check_images
 from big_ssl.models.sobel import Sobel
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {
+  18: (2, 2, 2, 2),
+  34: (3, 4, 6, 3),
+  50: (3, 4, 6, 3),
+  101: (3, 4, 23, 3),
+  152: (3, 8, 36, 3),
+  200: (3, 24, 36, 3),
+}
 
 
 class ResNetBlock(nn.Module):
@@ -24,50 +35,65 @@ class ResNetBlock(nn.Module):
     bottleneck: which of the two.
     zero_init_gamma: the last BN starts at 0, the block as the identity (SimCLR: yes; SwAV, PAWS, DINO: no).
     width_per_group: /64 is a factor on the inner width of a bottleneck alone.
+    preactivation: BN and ReLU before each convolution; a shortcut that is projected starts after the first of them, an
+      identity at the raw input, and nothing follows the sum (1901.09005, public code).
+    norm, kernel_init: BN and the initializer of the kernels.
   """
 
   width: int
   stride: int
   bottleneck: bool
   zero_init_gamma: bool
-  groups: int
+  norm: Callable[..., BatchNorm]
+  kernel_init: nn.initializers.Initializer
   dtype: str
   width_per_group: int = 64
+  preactivation: bool = False
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
-    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=init, dtype=self.dtype)
-    norm = functools.partial(BatchNorm, groups=self.groups, dtype=self.dtype)
+    conv, norm = functools.partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype), self.norm
     out = self.width * (4 if self.bottleneck else 1)
     if self.bottleneck:
       inner = self.width * self.width_per_group // 64
       kernels = [(inner, 1, 1), (inner, 3, self.stride), (out, 1, 1)]
     else:
       kernels = [(self.width, 3, self.stride), (out, 3, 1)]
-    y = x
+    y, projected = x, x.shape[-1] != out or self.stride != 1
     for i, (features, kernel, stride) in enumerate(kernels, 1):
       last = i == len(kernels)
-      y = conv(features, (kernel, kernel), strides=(stride, stride), padding=kernel // 2, name=f"conv{i}")(y)
       gamma = nn.initializers.zeros if last and self.zero_init_gamma else nn.initializers.ones
-      y = norm(scale_init=gamma, name=f"bn{i}")(y, train=train)
-      y = y if last else nn.relu(y)
-    if x.shape[-1] != out or self.stride != 1:
+      bn = norm(scale_init=gamma, name=f"bn{i}")
+      y = nn.relu(bn(y, train=train)) if self.preactivation else y
+      x = y if self.preactivation and projected and i == 1 else x
+      y = conv(features, (kernel, kernel), strides=(stride, stride), padding=kernel // 2, name=f"conv{i}")(y)
+      if not self.preactivation:
+        y = bn(y, train=train) if last else nn.relu(bn(y, train=train))
+    if projected:
       x = conv(out, (1, 1), strides=(self.stride, self.stride), padding=0, name="downsample_conv")(x)
-      x = norm(name="downsample_bn")(x, train=train)
-    return nn.relu(x + y)
+      x = x if self.preactivation else norm(name="downsample_bn")(x, train=train)
+    return x + y if self.preactivation else nn.relu(x + y)
 
 
 class ResNet(Backbone):
   """A residual network; parameters are named as in torchvision, layer1_0/conv1/kernel for layer1.0.conv1.weight.
 
   Attributes:
-    depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
+    depth: 18, 34 (basic blocks), 50, 101, 152 or 200 (bottlenecks).
     width: multiplies all widths (SwAV's w2, w4, w5), not torchvision's inner ones only.
-    stem: "imagenet", 7x7 stride 2 and a 3x3 stride-2 max pool; "cifar", 3x3 stride 1 and no pool.
+    stem: "imagenet", 7x7 stride 2 and a 3x3 stride-2 max pool; "no_pool", without the pool (PAWS's use_maxpool=False);
+      "cifar", 3x3 stride 1 and no pool.
     zero_init_gamma: the last BN of each block starts at 0.
     bn_groups: groups with own BN statistics; 1 is the global batch.
-    blocks, stem_width: override the depth's blocks per stage and the 64 of the stem, for small networks.
+    bn_momentum, bn_epsilon: share of the running value that stays, and what is added to the variance: 0.9 and 1e-5 in
+      torch, 0.99 and 1e-3 in 1901.09005, and with it its weights.
+    preactivation: v2: BN and ReLU before the convolutions, none after the stem, and once more at the end.
+    last_relu: of v2; the "(-)" variants of 1901.09005 have none after the last BN.
+    kernel_init: "he", normal by fan-out (torchvision), or "glorot", uniform (TensorFlow's default).
+    stem_stride, strides: of the stem's convolution, 0 being the stem's own, and of stages 2, 3 and 4; 1 and (2, 2, 1)
+      keep the resolution of patches of 64 pixels (1901.09005).
+    blocks, stem_width: override the depth's blocks per stage and the 64 of the stem, for small networks; a
+      stem_width of 16 k is the "widening factor" k of 1901.09005.
     width_per_group: torchvision's factor on the inner width of bottlenecks, over 64: 128 is wide_resnet50_2.
     sobel: reads gradients of gray instead of color (DeepCluster).
     dtype: compute dtype.
@@ -75,9 +101,16 @@ class ResNet(Backbone):
 
   depth: int = 50
   width: int = 1
-  stem: Literal["imagenet", "cifar"] = "imagenet"
+  stem: Literal["imagenet", "no_pool", "cifar"] = "imagenet"
   zero_init_gamma: bool = False
   bn_groups: int = 1
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+  preactivation: bool = False
+  last_relu: bool = True
+  kernel_init: Literal["he", "glorot"] = "he"
+  stem_stride: Literal[0, 1, 2] = 0
+  strides: tuple[int, ...] = (2, 2, 2)
   blocks: tuple[int, ...] = ()
   stem_width: int = 64
   width_per_group: int = 64
@@ -85,19 +118,75 @@ class ResNet(Backbone):
   channels: int = 3
   dtype: Literal["float32", "bfloat16"] = "float32"
 
-  @nn.compact
-  def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
-    """images: [N, H, W, C] -> "pooled" [N, D], "tokens" [N, h*w, D], "stages": the stem's and the four stages' maps."""
+  def _check(self) -> tuple[int, ...]:
+    """Blocks per stage, after a check of the fields that depend on each other."""
     if self.depth not in BLOCKS:
       raise UserError(f"config.model.depth={self.depth}: expected one of {', '.join(map(str, BLOCKS))}.")
-    if images.shape[-1] != self.channels:
-      raise UserError(f"config.model.channels={self.channels}: the images have {images.shape[-1]} channels.")
-    x = Sobel(name="sobel")(images) if self.sobel else images
-    base, cifar = self.stem_width * self.width, self.stem == "cifar"
-    kernel, stride = (3, 1) if cifar else (7, 2)
-    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    conv = nn.Conv(
-      base,
+    if not (self.last_relu or self.preactivation):
+      raise UserError(
+        "config.model.last_relu=False: every block ends with a ReLU unless config.model.preactivation=True."
+      )
+    blocks = self.blocks or BLOCKS[self.depth]
+    if len(self.strides) < len(blocks) - 1 or min((1, *self.strides)) < 1:
+      raise UserError(f"config.model.strides={self.strides}: expected {len(blocks) - 1}, of each stage but the first.")
+    return blocks
+
+  @nn.compact
+  def __call__(
+    self, images: Array, *, train: bool, keep: Array | None = None, mask: Array | None = None
+  ) -> dict[str, Array]:
+    """images: [N, H, W, C] -> "pooled" [N, D], "tokens" [N, h*w, D], "stages": the stem's and the four stages' maps.
+
+    `keep` and `mask` must be None. With `preactivation` the stages are the sums, before the last BN.
+
+    Raises:
+      UserError: fields or channels that do not fit.
+    """
+    blocks = self._check()
+    check_images(self, images, keep=keep, mask=mask)
+    init = nn.initializers.glorot_uniform()
+    if self.kernel_init == "he":
+      init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    norm = functools.partial(
+      BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon, groups=self.bn_groups, dtype=self.dtype
+    )
+    x = self._stem(Sobel(name="sobel")(images) if self.sobel else images, init=init, norm=norm, train=train)
+    stages = [x]
+    if self.stem == "imagenet":
+      if self.preactivation:  # zeros around the map, which win over negative values: the public code of v2
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+      x = nn.max_pool(x, (3, 3), (2, 2), "VALID" if self.preactivation else ((1, 1), (1, 1)))
+    for stage, count in enumerate(blocks):
+      for i in range(count):
+        block = ResNetBlock(
+          self.stem_width * self.width * 2**stage,
+          self.strides[stage - 1] if stage > 0 and i == 0 else 1,
+          self.depth >= 50,
+          self.zero_init_gamma,
+          norm,
+          init,
+          self.dtype,
+          self.width_per_group,
+          self.preactivation,
+          name=f"layer{stage + 1}_{i}",
+        )
+        x = block(x, train=train)
+      stages.append(x)
+    if self.preactivation:
+      x = norm(name="bn1")(x, train=train)
+      x = nn.relu(x) if self.last_relu else x
+    features = x.astype(jnp.float32)
+    return {
+      "pooled": jnp.mean(features, axis=(1, 2)),
+      "tokens": features.reshape(x.shape[0], -1, x.shape[-1]),
+      "stages": tuple(stages),
+    }
+
+  def _stem(self, x: Array, *, init: nn.initializers.Initializer, norm: Callable[..., BatchNorm], train: bool) -> Array:
+    kernel, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+    stride = self.stem_stride or stride
+    x = nn.Conv(
+      self.stem_width * self.width,
       (kernel, kernel),
       strides=(stride, stride),
       padding=kernel // 2,
@@ -105,29 +194,5 @@ class ResNet(Backbone):
       kernel_init=init,
       dtype=self.dtype,
       name="conv1",
-    )
-    x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(conv(x), train=train))
-    stages = [x]
-    if not cifar:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    for stage, count in enumerate(self.blocks or BLOCKS[self.depth]):
-      for i in range(count):
-        stride = 2 if stage > 0 and i == 0 else 1
-        block = ResNetBlock(
-          base * 2**stage,
-          stride,
-          self.depth >= 50,
-          self.zero_init_gamma,
-          self.bn_groups,
-          self.dtype,
-          self.width_per_group,
-          name=f"layer{stage + 1}_{i}",
-        )
-        x = block(x, train=train)
-      stages.append(x)
-    features = x.astype(jnp.float32)
-    return {
-      "pooled": jnp.mean(features, axis=(1, 2)),
-      "tokens": features.reshape(x.shape[0], -1, x.shape[-1]),
-      "stages": tuple(stages),
-    }
+    )(x)
+    return x if self.preactivation else nn.relu(norm(name="bn1")(x, train=train))

@@ -1,165 +1,82 @@
-"""Key map of the official DINO, MSN and DINOv2 ViTs: torch state dicts to flax trees and back, bit for bit."""
+"""Rules of Vision Transformers in torch files: DINO, MSN, DINOv2, timm, and Hugging Face's ViT, ViTMSN and Dinov2."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
+from big_ssl.weights.heads import classifier
+from big_ssl.weights.keymap import Keep, Rule, conv, fused_attention, linear, norm, split_attention, tensor
+from big_ssl.weights.moves import LINEAR, chain, rows
 
-import numpy as np
-
-from big_ssl.core.types import PyTree, UserError
-
-_NORM = {"weight": "norm/scale", "bias": "norm/bias"}
-_BATCH_NORM = {"weight": "scale", "bias": "bias"}
-_PREFIXES = ("", "module.", "backbone.", "module.backbone.")
-_TOKENS = {"cls_token": "cls_token", "pos_embed": "pos_embed", "register_tokens": "registers"}
+MASK = "only the pretraining that masks patches reads it"
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-  """params and batch_stats as nested dicts with "backbone" and, where the file has one, "head"."""
-
-  params: PyTree
-  batch_stats: PyTree
-
-
-def import_vit(state: dict[str, np.ndarray], *, heads: int) -> Weights:
-  """The official state dict of a DINO or MSN encoder as trees of `models.encoder.Encoder`.
+def official(*, heads: int, registers: str = "register_tokens", timm_swiglu: bool = False) -> tuple[Rule | Keep, ...]:
+  """The names of DINO, MSN, DINOv2 and timm, which differ in little; heads on top are rules of their own.
 
   Args:
-    state: names such as "blocks.0.attn.qkv.weight", all with the same prefix "module.", "backbone." or none; an MSN
-      head lies under "fc.". DINOv2's mask token, which only its pretraining reads, is left out.
-    heads: attention heads, which the file does not say.
-
-  Raises:
-    UserError: a tensor that belongs to no known place, or heads that do not divide the width.
+    heads: attention heads, which no file says.
+    registers: "register_tokens" (DINOv2) or "reg_token" (timm).
+    timm_swiglu: fc1 and fc2 are the two layers of a SwiGLU, which DINOv2 calls w12 and w3.
   """
-  params: dict[str, np.ndarray] = {}
-  stats: dict[str, np.ndarray] = {}
-  prefix = next((p for p in _PREFIXES if f"{p}cls_token" in state), None)
-  if prefix is None:
-    raise UserError(f"weights: no 'cls_token' among the {len(state)} tensors; not a DINO or MSN ViT.")
-  width = state[f"{prefix}cls_token"].shape[-1]
-  if width % heads:
-    raise UserError(f"heads={heads}: does not divide the width {width} of the weights.")
-  for full, value in state.items():
-    name = full.removeprefix(prefix) if full.startswith(prefix) else ""
-    if name == "mask_token":
-      continue
-    if match := re.fullmatch(r"fc\.((?:fc|bn)\d+)\.(weight|bias|running_mean|running_var|num_batches_tracked)", name):
-      _import_head(match[1], match[2], value, params, stats)
-    elif name in _TOKENS:
-      params[f"backbone/{_TOKENS[name]}"] = value
-    elif match := re.fullmatch(r"blocks\.(\d+)\.(ls[12])\.gamma", name):
-      params[f"backbone/block_{match[1]}/{match[2]}/scale"] = value
-    elif match := re.fullmatch(r"patch_embed\.proj\.(weight|bias)", name):
-      params[f"backbone/patch_embed/conv/{_leaf(match[1])}"] = (
-        value.transpose(2, 3, 1, 0) if match[1] == "weight" else value
-      )
-    elif match := re.fullmatch(r"norm\.(weight|bias)", name):
-      params[f"backbone/norm/{_NORM[match[1]]}"] = value
-    elif match := re.fullmatch(r"blocks\.(\d+)\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)", name):
-      _import_block(f"backbone/block_{match[1]}", match[2], match[3], value, heads, params)
-    else:
-      raise UserError(f"weights: '{full}' {value.shape} belongs to no place of a DINO or MSN ViT.")
-  return Weights(nest(params), nest(stats))
+  block, ours = "blocks.{i}", "backbone/block_{i}"
+  swiglu = ("mlp.fc1", "mlp.fc2") if timm_swiglu else ("mlp.w12", "mlp.w3")
+  return (
+    *_tokens("cls_token", "pos_embed", registers),
+    Keep("mask_token", MASK),
+    *conv("patch_embed.proj", "backbone/patch_embed/conv"),
+    *norm("norm", "backbone/norm/norm"),
+    *norm("fc_norm", "backbone/fc_norm/norm"),
+    *norm(f"{block}.norm1", f"{ours}/norm1/norm"),
+    *norm(f"{block}.norm2", f"{ours}/norm2/norm"),
+    *fused_attention(f"{block}.attn.qkv", f"{block}.attn.proj", f"{ours}/attention", heads=heads),
+    *_swiglu(*(f"{block}.{name}" for name in swiglu), f"{ours}/mlp"),
+    *linear(f"{block}.mlp.fc1", f"{ours}/mlp/fc1"),
+    *linear(f"{block}.mlp.fc2", f"{ours}/mlp/fc2"),
+    *tensor(f"{block}.ls1.gamma", f"{ours}/ls1/scale"),
+    *tensor(f"{block}.ls2.gamma", f"{ours}/ls2/scale"),
+  )
 
 
-def _leaf(kind: str) -> str:
-  return "kernel" if kind == "weight" else "bias"
+def hugging_face(*, heads: int, dinov2: bool) -> tuple[Rule | Keep, ...]:
+  """The names in files of transformers, without the model's prefix ("vit.", "dinov2.").
+
+  Args:
+    dinov2: whether blocks are named as in Dinov2 (norm1, mlp.fc1) or as in ViT (layernorm_before, intermediate.dense).
+  """
+  block, ours = "encoder.layer.{i}", "backbone/block_{i}"
+  inner = f"{block}.attention.attention"
+  projections = (f"{inner}.query", f"{inner}.key", f"{inner}.value", f"{block}.attention.output.dense")
+  names = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+  if not dinov2:
+    names = ("layernorm_before", "layernorm_after", "intermediate.dense", "output.dense")
+  norm1, norm2, fc1, fc2 = (f"{block}.{name}" for name in names)
+  return (
+    *_tokens("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens"),
+    Keep("embeddings.mask_token", MASK),
+    Keep("pooler.dense.*", "a layer of transformers' that no pretraining here has had"),
+    *conv("embeddings.patch_embeddings.projection", "backbone/patch_embed/conv"),
+    *norm("layernorm", "backbone/norm/norm"),
+    *norm(norm1, f"{ours}/norm1/norm"),
+    *norm(norm2, f"{ours}/norm2/norm"),
+    *split_attention(*projections, f"{ours}/attention", heads=heads),
+    *linear(fc1, f"{ours}/mlp/fc1"),
+    *linear(fc2, f"{ours}/mlp/fc2"),
+    *_swiglu(f"{block}.mlp.weights_in", f"{block}.mlp.weights_out", f"{ours}/mlp"),
+    *tensor(f"{block}.layer_scale1.lambda1", f"{ours}/ls1/scale"),
+    *tensor(f"{block}.layer_scale2.lambda1", f"{ours}/ls2/scale"),
+    *classifier("classifier"),
+  )
 
 
-def _import_block(
-  prefix: str, part: str, kind: str, value: np.ndarray, heads: int, params: dict[str, np.ndarray]
-) -> None:
-  if part.startswith("norm"):
-    params[f"{prefix}/{part}/{_NORM[kind]}"] = value
-  elif part == "attn.qkv":
-    for i, name in enumerate(("query", "key", "value")):
-      third = np.split(value, 3)[i]  # rows [q | k | v], each heads x head dim
-      shaped = third.T.reshape(third.shape[1], heads, -1) if kind == "weight" else third.reshape(heads, -1)
-      params[f"{prefix}/attention/{name}/{_leaf(kind)}"] = shaped
-  elif part == "attn.proj":
-    params[f"{prefix}/attention/out/{_leaf(kind)}"] = (
-      value.T.reshape(heads, -1, value.shape[0]) if kind == "weight" else value
-    )
-  else:
-    params[f"{prefix}/{part.replace('.', '/')}/{_leaf(kind)}"] = value.T if kind == "weight" else value
+def _tokens(cls: str, positions: str, registers: str) -> tuple[Rule, ...]:
+  names = {cls: "cls_token", positions: "pos_embed", registers: "registers"}
+  return tuple(rule for theirs, ours in names.items() for rule in tensor(theirs, f"backbone/{ours}"))
 
 
-def _import_head(
-  layer: str, kind: str, value: np.ndarray, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]
-) -> None:
-  if kind == "num_batches_tracked":
-    return
-  if kind.startswith("running_"):
-    stats[f"head/{layer}/{kind.removeprefix('running_')}"] = value
-  elif layer.startswith("bn"):
-    params[f"head/{layer}/{_BATCH_NORM[kind]}"] = value
-  else:
-    params[f"head/{layer}/{_leaf(kind)}"] = value.T if kind == "weight" else value
-
-
-def export_vit(weights: Weights) -> dict[str, np.ndarray]:
-  """The inverse of `import_vit`, without prefix."""
-  tokens = {ours: theirs for theirs, ours in _TOKENS.items()}
-  out: dict[str, np.ndarray] = {}
-  flat = {path: np.asarray(value) for path, value in flatten(weights.params).items()}
-  for path, value in flat.items():
-    parts = path.split("/")
-    kind = "weight" if parts[-1] in ("kernel", "scale") else "bias"
-    if parts[0] == "head":
-      out[f"fc.{parts[1]}.{kind}"] = value.T if parts[-1] == "kernel" else value
-    elif parts[1] in tokens:
-      out[tokens[parts[1]]] = value
-    elif parts[1] == "patch_embed":
-      out[f"patch_embed.proj.{kind}"] = value.transpose(3, 2, 0, 1) if kind == "weight" else value
-    elif parts[1] == "norm":
-      out[f"norm.{kind}"] = value
-    else:
-      _export_block(f"blocks.{parts[1].removeprefix('block_')}", parts[2:], kind, value, flat, path, out)
-  for path, value in flatten(weights.batch_stats).items():
-    _, layer, kind = path.split("/")
-    out[f"fc.{layer}.running_{kind}"] = np.asarray(value)
-  return out
-
-
-def _export_block(
-  prefix: str,
-  parts: list[str],
-  kind: str,
-  value: np.ndarray,
-  flat: dict[str, np.ndarray],
-  path: str,
-  out: dict[str, np.ndarray],
-) -> None:
-  if parts[0].startswith("norm"):
-    out[f"{prefix}.{parts[0]}.{kind}"] = value
-  elif parts[0].startswith("ls"):
-    out[f"{prefix}.{parts[0]}.gamma"] = value
-  elif parts[0] == "mlp":
-    out[f"{prefix}.mlp.{parts[1]}.{kind}"] = value.T if kind == "weight" else value
-  elif parts[1] == "out":
-    out[f"{prefix}.attn.proj.{kind}"] = value.reshape(-1, value.shape[-1]).T if kind == "weight" else value
-  elif parts[1] == "query":  # the three projections are one torch tensor
-    three = [flat[path.replace("/query/", f"/{name}/")] for name in ("query", "key", "value")]
-    rows = [t.reshape(t.shape[0], -1).T if kind == "weight" else t.reshape(-1) for t in three]
-    out[f"{prefix}.attn.qkv.{kind}"] = np.concatenate(rows)
-
-
-def nest(flat: dict[str, np.ndarray]) -> dict:
-  tree: dict = {}
-  for path, value in flat.items():
-    *parents, leaf = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return tree
-
-
-def flatten(tree: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
-  out = {}
-  for key, value in tree.items():
-    out |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-  return out
+def _swiglu(first: str, last: str, ours: str) -> tuple[Rule, ...]:
+  """Rows [gate; value] of one layer, and the layer after the product."""
+  part = lambda leaf: tuple(f"params/{ours}/{name}/{leaf}" for name in ("gate", "value"))
+  return (
+    Rule(f"{first}.weight", part("kernel"), chain(rows(2), LINEAR)),
+    Rule(f"{first}.bias", part("bias"), rows(2)),
+    *linear(last, f"{ours}/out"),
+  )

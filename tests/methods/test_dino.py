@@ -19,8 +19,8 @@ from big_ssl.methods.dino import DINO
 from big_ssl.models.positions import resample
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.vit import ViT
-from big_ssl.weights.dino import export_dino, import_dino
-from big_ssl.weights.vit import Weights
+from big_ssl.weights.families import dump, load
+from big_ssl.weights.keymap import Weights
 
 
 def nhwc(x):
@@ -58,7 +58,9 @@ def setup(z):
     global_size=c["img"],
     local_size=c["local"],
   )
-  student, teacher = (import_dino(state_of(z, f"state_initial/{name}/"), heads=c["heads"]) for name in ("student", "teacher"))
+  student, teacher = (
+    load("dino", state_of(z, f"state_initial/{name}/"), heads=c["heads"]).weights for name in ("student", "teacher")
+  )
   params = {"encoder": student.params}
   extra = {
     "teacher": teacher.params,
@@ -89,6 +91,12 @@ def without_key_bias(name, value):
   return np.delete(value, slice(len(value) // 3, 2 * len(value) // 3)) if name.endswith("qkv.bias") else value
 
 
+def official(weights):
+  """Official names, with the prefix of full checkpoints."""
+  named = dump("dino", weights, heads=2)
+  return {name if name.startswith("head.") else f"backbone.{name}": value for name, value in named.items()}
+
+
 def check_trees(state, z, prefix):
   trees = {
     "student": Weights(state.params["encoder"], state.extra["batch_stats"]),
@@ -96,7 +104,7 @@ def check_trees(state, z, prefix):
   }
   compared = 0
   for tree, weights in trees.items():
-    mine = export_dino(weights)
+    mine = official(weights)
     for name, wanted in state_of(z, f"{prefix}/{tree}/").items():
       if not name.endswith("num_batches_tracked"):
         value, wanted = without_key_bias(name, mine[name]), without_key_bias(name, wanted)
@@ -142,8 +150,10 @@ def test_the_official_training_loop_is_reproduced(golden, name, devices):
 def test_the_optimizer_groups_of_the_reference(golden):
   z = golden("dino_param_groups")
   state = {str(n): np.zeros(ast.literal_eval(str(s)), np.float32) for n, s in zip(z["names"], z["shapes"], strict=True)}
+  norms = [n for n, v in state.items() if n.startswith("head.mlp") and n.endswith("weight") and v.ndim == 1]
+  state |= {n.replace("weight", f"running_{kind}"): state[n] for n in norms for kind in ("mean", "var")}
   method = DINO(freeze_epochs=1)
-  params = {"encoder": import_dino(state, heads=2).params}
+  params = {"encoder": load("dino", state, heads=2).weights.params}
   tensors = match_rules(params, method.param_rules(), batch_size=1, examples=7)
   place = {t.path: t for t in tensors}
   for i, name in enumerate(z["names"]):
@@ -157,7 +167,7 @@ def test_the_optimizer_groups_of_the_reference(golden):
 def path_of(name, state):
   """Where the importer puts a tensor: the one leaf that is not zero when only this tensor is."""
   marked = {k: np.ones_like(v) if k == name else v for k, v in state.items()}
-  leaves = jax.tree_util.tree_leaves_with_path({"encoder": import_dino(marked, heads=2).params})
+  leaves = jax.tree_util.tree_leaves_with_path({"encoder": load("dino", marked, heads=2).weights.params})
   return next(jax.tree_util.keystr(p, simple=True, separator="/") for p, leaf in leaves if np.any(leaf))
 
 
@@ -301,9 +311,9 @@ def test_a_convolutional_teacher_normalizes_by_its_batch_and_keeps_its_own_stati
 
 def test_a_convolutional_checkpoint_goes_out_and_in_bit_for_bit():
   _, params, extra, _ = make(ResNet(depth=18, stem="cifar", blocks=(1, 1), stem_width=4), head_batch_norm=True)
-  state = export_dino(Weights(params["encoder"], extra["batch_stats"]))
-  assert {"backbone.conv1.weight", "backbone.layer1.0.bn1.running_mean", "head.mlp.1.running_var", "head.last_layer.weight_g"} <= set(state)
-  again = import_dino({f"module.{k}": v for k, v in state.items()})
+  state = dump("dino_resnet", Weights(params["encoder"], extra["batch_stats"]))
+  assert {"conv1.weight", "layer1.0.bn1.running_mean", "bn1.num_batches_tracked", "head.mlp.1.running_var", "head.last_layer.weight_g"} <= set(state)
+  again = load("dino_resnet", {f"module.{k}": v for k, v in state.items()}).weights
   for mine, wanted in ((again.params, params["encoder"]), (again.batch_stats, extra["batch_stats"])):
     assert jax.tree.all(jax.tree.map(np.array_equal, mine, dict(wanted)))
 

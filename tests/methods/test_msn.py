@@ -17,7 +17,8 @@ from big_ssl.core.optim import make_optimizer
 from big_ssl.core.types import Interval, TrainState, UserError
 from big_ssl.methods.msn import MSN
 from big_ssl.models.vit import ViT
-from big_ssl.weights.vit import Weights, export_vit, import_vit
+from big_ssl.weights.families import dump, load
+from big_ssl.weights.keymap import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def setup(z):
     temperature=c["tau"],
   )
   state_of = lambda name: {k.removeprefix(f"{name}/"): v for k, v in z.items() if k.startswith(f"{name}/")}
-  encoder = import_vit(state_of("state_initial/encoder"), heads=c["heads"])  # the target starts equal to it
+  encoder = load("msn", state_of("state_initial/encoder"), heads=c["heads"]).weights  # the target starts equal to it
   copy = Weights(*jax.tree.map(np.copy, (encoder.params, encoder.batch_stats)))
   params = {"encoder": encoder.params, "prototypes": z["state_initial/prototypes"]}
   extra = {"teacher": copy.params, "batch_stats": encoder.batch_stats, "teacher_batch_stats": copy.batch_stats}
@@ -110,8 +111,8 @@ def test_the_official_training_loop_is_reproduced(golden, devices):
         np.testing.assert_allclose(losses, z["total_ce_memax_entropy"][epoch, i], rtol=1e-4, atol=1e-6, err_msg=key)
 
   final = {
-    "encoder": export_vit(Weights(state.params["encoder"], state.extra["batch_stats"])),
-    "target_encoder": export_vit(Weights(state.extra["teacher"], state.extra["teacher_batch_stats"])),
+    "encoder": dump("msn", Weights(state.params["encoder"], state.extra["batch_stats"], {})),
+    "target_encoder": dump("msn", Weights(state.extra["teacher"], state.extra["teacher_batch_stats"], {})),
   }
   np.testing.assert_allclose(state.params["prototypes"], z["state_final/prototypes"], atol=5e-5)
   for tree, tensors in final.items():

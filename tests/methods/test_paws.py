@@ -20,7 +20,8 @@ from big_ssl.core.types import Interval, Rule, TrainState, UserError
 from big_ssl.methods.paws import PAWS, paws_rules
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.wide_resnet import WideResNet
-from big_ssl.weights.paws import Weights, export_paws, import_paws
+from big_ssl.weights.families import dump, load
+from big_ssl.weights.keymap import Weights
 
 
 def nhwc(x):
@@ -51,8 +52,8 @@ def setup(z):
     sharpen=c["sharpen_T"],
     label_smoothing=c["label_smoothing"],
   )
-  weights = import_paws({k.removeprefix("state_initial/"): v for k, v in z.items() if k.startswith("state_initial/")})
-  params, extra = jax.tree.map(jnp.asarray, (weights.params, {"batch_stats": weights.batch_stats}))
+  weights = load("paws_wide_resnet", {k.removeprefix("state_initial/"): v for k, v in z.items() if k.startswith("state_initial/")}).weights
+  params, extra = jax.tree.map(jnp.asarray, (engine.nested(weights.params), {"batch_stats": engine.nested(weights.batch_stats)}))
   config = optim(
     *c["start_ref_final_lr"],
     c["warmup_epochs"] * c["iters_per_epoch"],
@@ -109,7 +110,8 @@ def test_the_official_training_loop_is_reproduced(golden, replayed):
   for i, (*_, losses, wanted) in enumerate(replayed):
     np.testing.assert_allclose(losses, wanted, rtol=2e-4, err_msg=f"step {i}")
   state, z = replayed[-1][2], golden("paws_train_steps")
-  for name, value in export_paws(Weights(state.params, state.extra["batch_stats"])).items():
+  final = Weights(engine.unnested(state.params), engine.unnested(state.extra["batch_stats"]), {})
+  for name, value in dump("paws_wide_resnet", final).items():
     tolerance = 2.5e-3 if BEHIND_GATES.search(name) else 1e-4
     np.testing.assert_allclose(value, z[f"state_final/{name}"], atol=tolerance, rtol=0, err_msg=name)
 

@@ -19,7 +19,8 @@ from big_ssl.models.conv_probe import ALEXNET_POOLS, VGG_POOLS, probe_features
 from big_ssl.models.encoder import encode
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.vgg import VGG
-from big_ssl.weights.convnets import import_convnet
+from big_ssl.weights import transfer
+from big_ssl.weights.families import load
 
 SMALL = {"num_clusters": 5, "num_heads": 2, "size": 16, "image_channels": 3, "num_examples": 24, "batch_size": 8, "total_steps": 30}
 
@@ -40,19 +41,18 @@ def test_solves_come_at_the_times_of_the_public_code(golden, prefix, power, marg
 
 def test_heads_and_loss_are_those_of_the_public_network(golden):
   z = golden("sela_alexnet_tiny")
-  net = import_convnet({k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")})
-  heads = {kind: np.stack([net.heads[f"top_layer{h}"][kind] for h in range(3)]) for kind in ("kernel", "bias")}
-  method = SeLa(model=net.backbone(), num_clusters=9, num_heads=3, size=96, num_examples=4)
-  params = {"encoder": {"backbone": net.weights.params, "head": heads}}
+  net = load("alexnet", {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")})
+  method = SeLa(model=transfer.backbone(net.model), num_clusters=9, num_heads=3, size=96, num_examples=4)
+  params = {"encoder": net.weights.params}
   labels = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0], [0, 1, 2]], np.int32)
-  extra = {"batch_stats": {"backbone": net.weights.batch_stats}, "assignments": jnp.asarray(labels)}
+  extra = {"batch_stats": net.weights.batch_stats, "assignments": jnp.asarray(labels)}
   images = jnp.asarray(np.moveaxis(z["input"], 1, -1))[:, None]
 
   out = jax.jit(method.features)(params, extra, {"image": images})
   np.testing.assert_allclose(out["logits"], z["output/eval_logits"][0], atol=2e-5, rtol=2e-5)
   np.testing.assert_allclose(out["pooled"], np.maximum(z["output/eval_fc7_prerelu"], 0), atol=2e-5, rtol=2e-5)
 
-  still = method.replace(model=net.backbone(dropout=0.0))  # the golden's training mode has no dropout
+  still = method.replace(model=transfer.backbone(net.model | {"dropout": 0.0}))  # the golden's training mode has no dropout
   index = np.array([2, 0])
   loss, (new, _) = jax.jit(still.loss)(params, extra, {"crop": images, "index": index}, jax.random.key(0), jnp.int32(0))
   log_p = jax.nn.log_softmax(z["output/train_logits"])  # [H, B, K]

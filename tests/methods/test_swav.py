@@ -22,8 +22,8 @@ from big_ssl.models.encoder import encode_crops
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.vit import ViT
 from big_ssl.ops.normalize import l2_normalize
-from big_ssl.weights.swav import export_swav, import_swav
-from big_ssl.weights.vit import Weights
+from big_ssl.weights.families import dump, load
+from big_ssl.weights.keymap import Weights
 
 
 def nhwc(x):
@@ -43,18 +43,18 @@ def tiny_resnet(state):
 def test_the_official_network_is_reproduced(golden):
   z = golden("swav_resnet_tiny")
   state = state_of(z, "state")
-  weights = import_swav(state)
+  weights = load("swav", state).weights
   hidden, output = state["projection_head.0.weight"].shape[0], state["prototypes.weight"].shape[1]
   encoder = SwAV(model=tiny_resnet(state), hidden_dim=hidden, output_dim=output).encoder
   groups = [nhwc(z[f"input/{size}"]).swapaxes(0, 1) for size in (48, 32)]  # [B, V, H, W, C]
   for mode in ("eval", "train"):
-    encoded = encode_crops(encoder, weights.params["encoder"], weights.batch_stats, groups, train=mode == "train")
+    encoded = encode_crops(encoder, weights.params, weights.batch_stats, groups, train=mode == "train")
     embedding = l2_normalize(encoded.out["projection"]).reshape(-1, output)
     np.testing.assert_allclose(embedding, z[f"output/{mode}/embedding"], atol=1e-4)
     np.testing.assert_allclose(scores(embedding, weights.params["prototypes"]["head0"]), z[f"output/{mode}/scores"], atol=1e-4)
     if mode == "eval":
       np.testing.assert_allclose(encoded.out["pooled"].reshape(15, -1), z["output/eval/pooled_features"], atol=1e-4)
-  after = export_swav(Weights(weights.params, encoded.batch_stats))
+  after = dump("swav", Weights(weights.params, encoded.batch_stats, {}))
   for name, value in state_of(z, "state_after_train").items():
     np.testing.assert_allclose(after[name], value, atol=1e-4, err_msg=name)
 
@@ -63,33 +63,33 @@ def test_the_official_wide_network_is_reproduced(golden):
   """Twice the channels everywhere, as in w2; the stem's 16 channels are 8 * 2."""
   z = golden("resnet_swav_wide_multicrop")
   state = state_of(z, "state")
-  weights = import_swav(state)
+  weights = load("swav", state).weights
   model = ResNet(depth=50, blocks=(1, 1, 1, 1), stem_width=8, width=2, width_per_group=8)
   hidden, output = state["projection_head.0.weight"].shape[0], state["prototypes.weight"].shape[1]
   encoder = SwAV(model=model, hidden_dim=hidden, output_dim=output).encoder
   groups = [nhwc(z[f"input/{name}"]).swapaxes(0, 1) for name in ("large", "small")]
   for mode in ("eval", "train"):
-    encoded = encode_crops(encoder, weights.params["encoder"], weights.batch_stats, groups, train=mode == "train")
+    encoded = encode_crops(encoder, weights.params, weights.batch_stats, groups, train=mode == "train")
     embedding = l2_normalize(encoded.out["projection"])
     np.testing.assert_allclose(embedding.reshape(-1, output), z[f"output/{mode}/embedding"], atol=1e-4)
     found = scores(embedding, weights.params["prototypes"]["head0"])
     np.testing.assert_allclose(found.reshape(len(embedding) * 2, -1), z[f"output/{mode}/prototype_scores"], atol=1e-4)
     if mode == "eval":
       np.testing.assert_allclose(encoded.out["pooled"][0], z["output/eval/backbone_large0"], atol=1e-4)
-  after = export_swav(Weights(weights.params, encoded.batch_stats))
+  after = dump("swav", Weights(weights.params, encoded.batch_stats, {}))
   for name, value in state_of(z, "output/train/new_state").items():
     np.testing.assert_allclose(after[name], value, atol=1e-4, err_msg=name)
 
 
 def test_official_keys_round_trip_bit_for_bit(golden):
   state = {k: v for k, v in state_of(golden("swav_resnet_tiny"), "state").items() if "num_batches" not in k}
-  again = export_swav(import_swav({f"module.{k}": v for k, v in state.items()}))
+  again = dump("swav", load("swav", {f"module.{k}": v for k, v in state.items()}).weights)
   assert again.keys() == state.keys() and all(np.array_equal(again[k], state[k]) for k in state)
   heads = {k: v for k, v in state.items() if k != "prototypes.weight"} | {f"prototypes.prototypes{i}.weight": np.eye(3) + i for i in range(3)}
-  again = export_swav(import_swav(heads))
+  again = dump("swav", load("swav", heads).weights)
   assert again.keys() == heads.keys() and all(np.array_equal(again[k], heads[k]) for k in heads)
   with pytest.raises(UserError, match="predictor.0.weight"):
-    import_swav(state | {"predictor.0.weight": np.zeros((2, 2))})
+    load("swav", state | {"predictor.0.weight": np.zeros((2, 2))})
 
 
 def test_larc_adapts_every_tensor_as_the_official_optimizer(golden):
@@ -160,8 +160,9 @@ def make_replay(z):
     queue_size=c["queue_length"],
     queue_start=Interval(c["queue_starts_epoch"], "epochs"),
   )
-  weights = import_swav(state)
-  params, batch_stats = jax.tree.map(jnp.asarray, (weights.params, weights.batch_stats))
+  weights = load("swav", state).weights
+  params, batch_stats = jax.tree.map(jnp.asarray, (dict(weights.params), weights.batch_stats))
+  params = {"prototypes": params.pop("prototypes"), "encoder": params}
   extra = {"batch_stats": batch_stats, "queue": jnp.zeros((c["crops"][0], c["queue_length"], method.output_dim))}
   config = OptimConfig(name="larc", schedule="constant", lr=1.0, weight_decay=c["weight_decay"], momentum=c["momentum"], trust_coefficient=c["trust"])
 
@@ -202,7 +203,7 @@ def test_the_official_training_loop_is_reproduced(golden, devices):
 
   assert used == [False] * 4 + [True] * 2  # created at epoch 1, one batch long
   np.testing.assert_allclose(state.extra["queue"], z["queue_final"], atol=1e-4)
-  final = export_swav(Weights(state.params, state.extra["batch_stats"]))
+  final = dump("swav", Weights(state.params["encoder"] | {"prototypes": state.params["prototypes"]}, state.extra["batch_stats"], {}))
   for name, value in state_of(z, "state_final").items():
     if not name.endswith("num_batches_tracked"):
       np.testing.assert_allclose(final[name], value, atol=1e-4, rtol=0, err_msg=name)

@@ -10,7 +10,9 @@ from big_ssl.models.alexnet import AlexNet
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.sobel import Sobel
-from big_ssl.weights.convnets import export_convnet, import_convnet
+from big_ssl.weights import transfer
+from big_ssl.weights.families import LAYOUTS, load
+from big_ssl.weights.family import convert, detect
 
 nhwc = lambda x: jnp.asarray(np.moveaxis(x, 1, -1))
 
@@ -40,14 +42,15 @@ def test_sobel_sees_no_constant_and_a_ramp_in_one_channel_only():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_public_network_is_reproduced(golden, name, heads, mode):
   z = golden(name)
-  net = import_convnet(states(z))
-  assert len(net.heads) == heads and net.model["sobel"] == ("sobel.0.weight" in states(z))
-  train, encoder = mode == "train", Encoder(backbone=net.backbone())
-  params, before = {"backbone": net.weights.params}, {"backbone": net.weights.batch_stats}
+  net = load("alexnet", states(z))
+  params, before = net.weights.params, net.weights.batch_stats
+  head = params["head"] if heads > 1 else jax.tree.map(lambda x: x[None], params["head"]["fc"])
+  assert len(head["kernel"]) == heads and net.model["sobel"] == ("sobel.0.weight" in states(z))
+  train, encoder = mode == "train", Encoder(backbone=transfer.backbone(net.model))
 
   def logits(images):  # without a key there is no dropout
     out = encode(encoder, params, before, images, train=train)
-    scores = jnp.stack([out.out["relu"] @ h["kernel"] + h["bias"] for h in net.heads.values()])
+    scores = out.out["relu"] @ head["kernel"] + head["bias"][:, None]
     return scores.reshape(z[f"output/{mode}_logits"].shape), (out.out, out.batch_stats)
 
   scores, pullback, (out, stats) = jax.vjp(logits, nhwc(z["input"]), has_aux=True)
@@ -69,22 +72,21 @@ def test_the_public_network_is_reproduced(golden, name, heads, mode):
 @pytest.mark.parametrize("name", ["deepcluster_alexnet_tiny", "sela_alexnet_tiny", "deepercluster_vgg_tiny"])
 @pytest.mark.parametrize("infix", ["", "features.module.", "module."])
 def test_import_and_export_are_bit_equal_under_every_public_prefix(golden, name, infix):
-  state = {k: v for k, v in states(golden(name)).items() if not k.endswith("num_batches_tracked")}
-  named = state
+  named = state = states(golden(name))
   if infix == "module.":
     named = {f"module.{k}": v for k, v in state.items()}
   elif infix:
     named = {k.replace("features.", infix): v for k, v in state.items()}
-  out = export_convnet(import_convnet(named))
-  assert out.keys() == state.keys()
-  assert all(np.array_equal(out[k], state[k]) for k in state)
+  out = convert(named, layout=detect(named, LAYOUTS), expected=transfer.expected).tensors()
+  assert out.keys() == named.keys()
+  assert all(np.array_equal(out[k], named[k]) for k in named)
 
 
 def test_a_vgg_without_the_prefix_of_deeper_cluster_is_deep_clusters(golden):
   state = {k.removeprefix("body."): v for k, v in states(golden("deepercluster_vgg_tiny")).items() if not k.endswith("num_batches_tracked")}
-  net = import_convnet({k.replace("features.", "features.module."): v for k, v in state.items()})
-  assert net.model["variant"] == "deepcluster" and net.backbone().map_size(net.model["image_size"]) == 2
-  out = export_convnet(net)
+  net = load("vgg", {k.replace("features.", "features.module."): v for k, v in state.items()})
+  assert net.model["variant"] == "deepcluster" and transfer.backbone(net.model).map_size(net.model["image_size"]) == 2
+  out = net.layout.keymap(net.model, state).dump(net.weights)
   assert out.keys() == state.keys() and all(np.array_equal(out[k], state[k]) for k in state)
 
 
@@ -92,16 +94,16 @@ def test_a_vgg_without_the_prefix_of_deeper_cluster_is_deep_clusters(golden):
 def test_a_missing_tensor_is_named(golden, name):
   state = states(golden("deepcluster_alexnet_tiny"))
   del state[name]
-  with pytest.raises(UserError, match=f"weights: '{name}' is missing"):
-    import_convnet(state)
+  with pytest.raises(UserError, match=f"missing 1: {name}|2 linear layers|1 linear layer"):
+    convert(state, layout=detect(state, LAYOUTS), expected=transfer.expected)
 
 
 def test_a_tensor_without_a_place_and_other_sobel_filters_are_refused(golden):
   state = states(golden("deepcluster_alexnet_tiny"))
   with pytest.raises(UserError, match="features.99x.weight"):
-    import_convnet(state | {"features.99x.weight": np.zeros(3)})
+    load("alexnet", state | {"features.99x.weight": np.zeros(3)})
   with pytest.raises(UserError, match="Sobel"):
-    import_convnet(state | {"sobel.1.weight": 2 * state["sobel.1.weight"]})
+    load("alexnet", state | {"sobel.1.weight": 2 * state["sobel.1.weight"]})
 
 
 def shapes(model, size):

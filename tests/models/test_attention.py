@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from big_ssl.core.types import UserError
 from big_ssl.models import attention as lib
 
 
@@ -93,3 +94,42 @@ def test_the_module_returns_the_weights_that_make_its_output():
   wanted = jnp.einsum("btnh,nhd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
   np.testing.assert_allclose(out, wanted, atol=1e-6)
   assert layer.apply({"params": params}, x)[1] is None
+
+
+def test_packed_segments_attend_as_if_they_were_alone():
+  q, k, v = heads(tokens=6)
+  segments = jnp.array([[0, 0, 1, 1, 1, -1], [3, 3, 3, 3, -1, -2]])
+  mask = lib.segment_mask(segments)
+  assert mask.shape == (2, 1, 6, 6)
+  packed = lib.attention(q, k, v, mask=mask)
+  for row, start, stop in ((0, 0, 2), (0, 2, 5), (1, 0, 4)):
+    alone = lib.attention(*(x[row : row + 1, start:stop] for x in (q, k, v)))
+    np.testing.assert_allclose(packed[row, start:stop], alone[0], atol=1e-6)
+  assert np.all(np.isfinite(packed))
+
+
+def test_segments_of_keys_may_be_others_than_those_of_queries():
+  mask = lib.segment_mask(jnp.array([[0, 1]]), context=jnp.array([[0, 0, 1, -1]]))
+  np.testing.assert_array_equal(mask[0, 0], [[True, True, False, False], [False, False, True, False]])
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_query_and_key_norms_are_over_the_width_of_a_head(kind):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 24))
+  layer = lib.MultiHeadAttention(heads=3, qkv_bias=False, qk_norm=kind, norm_bias=False)
+  params = layer.init(jax.random.key(1), x)["params"]
+  assert params["query"].keys() == {"kernel"} and params["query_norm"]["norm"].keys() == {"scale"}
+  params["key_norm"]["norm"]["scale"] = jnp.linspace(0.5, 2, 8)
+  _, weights = layer.apply({"params": params}, x, return_weights=True)
+
+  def normed(name):
+    y = np.einsum("btd,dnh->btnh", x, params[name]["kernel"])
+    y = y - y.mean(-1, keepdims=True) if kind == "layernorm" else y
+    return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * params[f"{name}_norm"]["norm"]["scale"]
+
+  np.testing.assert_allclose(weights, reference(normed("query"), normed("key"), np.zeros((2, 5, 3, 8)))[0], atol=1e-5)
+
+
+def test_a_width_without_whole_heads_is_a_clear_error():
+  with pytest.raises(UserError, match="config.model.heads=5: must divide the width 24"):
+    lib.MultiHeadAttention(heads=5).init(jax.random.key(0), jnp.zeros((1, 2, 24)))

@@ -13,17 +13,34 @@ from big_ssl.models.encoder import Encoder, crop_major, encode, encode_crops
 from big_ssl.models.heads import DINOHead
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.vit import ViT
-from big_ssl.weights.dino import export_dino_head, import_dino_head
-from big_ssl.weights.vit import Weights
+from big_ssl.weights.heads import dino_head
+from big_ssl.weights.keymap import KeyMap, Weights
 
 
 def state_of(z, prefix):
   return {k.removeprefix(prefix): v for k, v in z.items() if k.startswith(prefix)}
 
 
+def keymap(batch_norms, single):
+  return KeyMap("DINO head", dino_head("head", batch_norms=batch_norms, single=single))
+
+
+def import_head(state):
+  norms = any("running_mean" in name for name in state)
+  weights = keymap(norms, "mlp.weight" in state).load({f"head.{name}": value for name, value in state.items()})
+  return Weights(weights.params["head"], weights.batch_stats.get("head", {}), weights.kept)
+
+
+def export_head(weights):
+  trees = (weights.params, weights.batch_stats)
+  norms = "bn1" in weights.params["mlp"]
+  named = keymap(norms, len(weights.params["mlp"]) == 1).dump(Weights(*({"head": tree} for tree in trees), weights.kept))
+  return {name.removeprefix("head."): value for name, value in named.items()}
+
+
 def make(z):
   state = state_of(z, "state/")
-  weights = import_dino_head(state)
+  weights = import_head(state)
   rows, bottleneck = state["last_layer.weight_v"].shape
   linear = [k for k in state if k.startswith("mlp") and state[k].ndim == 2]
   head = DINOHead(
@@ -51,7 +68,7 @@ def test_outputs_and_gradients_match_the_reference(golden, name):
   (_, y), (grads, grad_input) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(weights.params, jnp.asarray(z["input"]))
   np.testing.assert_allclose(y, z["output/train"], atol=1e-5)
   np.testing.assert_allclose(grad_input, z["grad/input"], atol=1e-5)
-  wanted, mine = state_of(z, "grad/"), export_dino_head(Weights(grads, {}))
+  wanted, mine = state_of(z, "grad/"), export_head(Weights(grads, {}))
   for key, value in wanted.items():
     if key != "input":
       np.testing.assert_allclose(mine[key], value, atol=1e-5, rtol=1e-5, err_msg=key)
@@ -60,17 +77,17 @@ def test_outputs_and_gradients_match_the_reference(golden, name):
 
 @pytest.mark.parametrize("name", ["dino_head", "dino_head_bn"])
 def test_the_key_map_is_bijective(golden, name):
-  state = {k: v for k, v in state_of(golden(name), "state/").items() if not k.endswith("num_batches_tracked")}
-  back = export_dino_head(import_dino_head(state))
+  state = state_of(golden(name), "state/")
+  back = export_head(import_head(state))
   assert set(back) == set(state) and all(np.array_equal(back[k], state[k]) for k in state)
 
 
 def test_a_head_of_one_layer_maps_too():
   head = DINOHead(5, bottleneck=4, layers=1)
   variables = head.init(jax.random.key(0), jnp.ones((2, 6)), train=False)
-  state = export_dino_head(Weights(variables["params"], {}))
+  state = export_head(Weights(variables["params"], {}))
   assert set(state) == {"mlp.weight", "mlp.bias", "last_layer.weight_v", "last_layer.weight_g"}
-  again = import_dino_head(state).params
+  again = import_head(state).params
   assert jax.tree.all(jax.tree.map(np.array_equal, again, variables["params"]))
 
 

@@ -12,6 +12,8 @@ RULES = {
   "antialias": ("dinov2reg_size_antialias", "timm_bicubic_antialias"),
   "linear": ("flexivit_runtime_linear", "loca_runtime_bilinear"),
   "msn": ("msn",),
+  "bilinear": ("timm_bilinear_noaa",),
+  "corners": ("bigvision_load_zoom_order1",),
 }
 
 
@@ -49,6 +51,15 @@ def test_a_constant_table_stays_constant(rule):
   np.testing.assert_allclose(out, np.ones((49, 3)), atol=1e-12)
 
 
+def test_flexivit_leaves_a_table_of_as_many_patches_alone_and_else_is_linear():
+  """The public model compares counts, not grids."""
+  table = np.random.default_rng(0).normal(size=(16, 3))
+  run = lambda rule, grid: positions.resample(table, rule=rule, grid=grid, image=(64, 64))
+  np.testing.assert_array_equal(run("flexivit", (2, 8)), table)
+  assert np.abs(run("linear", (2, 8)) - table).max() > 0.1
+  np.testing.assert_array_equal(run("flexivit", (5, 7)), run("linear", (5, 7)))
+
+
 def test_an_unknown_rule_names_the_nearest():
   with pytest.raises(UserError, match="pos_rule='antialiased'.*Did you mean 'antialias'"):
     positions.resample(np.zeros((16, 4)), rule="antialiased", grid=(5, 5), image=(80, 80))
@@ -68,3 +79,12 @@ def test_fixed_sines_give_rows_and_columns_their_own_half():
   np.testing.assert_array_equal(positions.sincos((4, 4), width=32), positions.sincos((4, 4), width=32, scrambled=True))
   with pytest.raises(UserError, match="config.model.width=30"):
     positions.sincos((2, 2), width=30)
+
+
+def test_the_fixed_sines_of_big_vision_put_columns_first_and_end_at_the_temperature():
+  table = positions.sincos2d((3, 5), width=16).reshape(3, 5, 16)
+  frequency = np.array([1.0, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3), 1e-4])
+  np.testing.assert_allclose(table[2, 4, :4], np.sin(4 * frequency), atol=1e-6)
+  np.testing.assert_allclose(table[2, 4, 12:], np.cos(2 * frequency), atol=1e-6)
+  with pytest.raises(UserError, match="config.model.width=4"):
+    positions.sincos2d((2, 2), width=4)

@@ -9,7 +9,9 @@ from big_ssl.core.types import UserError
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.sobel import Sobel
 from big_ssl.models.vgg import VGG
-from big_ssl.weights.convnets import fold_sobel, import_convnet
+from big_ssl.weights import transfer
+from big_ssl.weights.convnets import fold_sobel
+from big_ssl.weights.families import load
 
 nhwc = lambda x: jnp.asarray(np.moveaxis(x, 1, -1))
 
@@ -17,12 +19,12 @@ nhwc = lambda x: jnp.asarray(np.moveaxis(x, 1, -1))
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_public_network_is_reproduced(golden, mode):
   z = golden("deepercluster_vgg_tiny")
-  net = import_convnet({k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")})
+  net = load("deepercluster", {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")})
   assert net.model["variant"] == "deepercluster" and net.model["widths"] == (4, 6, 8, 12, 16)
-  train, encoder, head = mode == "train", Encoder(backbone=net.backbone()), net.heads["pred_layer"]
+  train, encoder, head = mode == "train", Encoder(transfer.backbone(net.model)), net.weights.params["head"]["fc"]
 
   def logits(images):
-    out = encode(encoder, {"backbone": net.weights.params}, {"backbone": net.weights.batch_stats}, images, train=train)
+    out = encode(encoder, net.weights.params, net.weights.batch_stats, images, train=train)
     return out.out["relu"] @ head["kernel"] + head["bias"], (out.out, out.batch_stats)
 
   scores, pullback, (out, stats) = jax.vjp(logits, nhwc(z["input"]), has_aux=True)

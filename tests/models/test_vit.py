@@ -10,7 +10,14 @@ from big_ssl.models import positions
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import ProjectionHead
 from big_ssl.models.vit import ViT
-from big_ssl.weights.vit import import_vit
+from big_ssl.weights.heads import projection
+from big_ssl.weights.keymap import KeyMap
+from big_ssl.weights.vit import official
+
+
+def import_vit(state, *, heads):
+  """Official tensors of the backbone and, where there is one, MSN's head."""
+  return KeyMap("ViT", (*official(heads=heads), *projection("fc", "head"))).load(state)
 
 
 def state_of(z, prefix="state/"):
@@ -299,7 +306,7 @@ def test_linear_and_uniform_stochastic_depth_give_their_rates(tiny, monkeypatch)
   for decay in ("linear", "uniform"):
     seen = rates.setdefault(decay, [])
     monkeypatch.setattr(
-      "big_ssl.models.vit.drop_path", lambda x, *, rate, key, seen=seen: seen.append(round(float(rate), 3)) or x
+      "big_ssl.models.vit_blocks.drop_path", lambda x, *, rate, key, seen=seen: seen.append(round(float(rate), 3)) or x
     )
     model = custom(24, 3, 2, 8, 32, drop_path=0.2, drop_path_decay=decay)
     model.apply({"params": params}, images, train=True, rngs={"drop_path": jax.random.key(0)})

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,9 @@ from big_ssl.core.types import UserError
 from big_ssl.methods.paws import PAWS, embed
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.wide_resnet import WideResNet
-from big_ssl.weights.paws import export_paws, import_paws
+from big_ssl.weights.families import dump, load
 
+LAYOUTS = {"wideresnet": "paws_wide_resnet", "resnet": "paws"}
 NETWORKS = {
   "wideresnet": (WideResNet(depth=10, width=1), False, (32, 18)),
   "resnet": (ResNet(depth=50, blocks=(1, 1, 1, 1), stem_width=8, width_per_group=8), True, (48, 32)),
@@ -30,15 +32,15 @@ def state_of(z, prefix="state/"):
 def recorded(z, name):
   """The method, its trees and the two BN batches."""
   model, predictor, sizes = NETWORKS[name]
-  weights = import_paws(state_of(z))
+  weights = load(LAYOUTS[name], state_of(z)).weights
   method = PAWS(model=model, output_dim=16, prediction_head=predictor)
   return method, weights, [nhwc(z[f"input/{s}"]).reshape(-1, s, s, 3) for s in sizes]
 
 
 def run(method, weights, batches, *, train):
-  stats, outs = weights.batch_stats, []
+  params, stats, outs = engine.nested(weights.params), engine.nested(weights.batch_stats), []
   for images in batches:
-    out, stats = embed(method, weights.params, stats, images, train=train)
+    out, stats = embed(method, params, stats, images, train=train)
     outs.append(out)
   return {k: np.concatenate([o[k] for o in outs]) for k in ("projection", "prediction")}, outs[0]["pooled"], stats
 
@@ -54,7 +56,7 @@ def test_released_networks_are_reproduced_with_their_heads(golden, name):
   out, _, stats = run(method, weights, batches, train=True)
   np.testing.assert_allclose(out["projection"], z["output/train/h"], atol=1e-4)
   np.testing.assert_allclose(out["prediction"], z["output/train/z"], atol=1e-4)
-  after = export_paws(dataclasses.replace(weights, batch_stats=stats))
+  after = dump(LAYOUTS[name], dataclasses.replace(weights, batch_stats=engine.unnested(stats)))
   wanted = state_of(z, "state_after_train/")
   assert wanted.keys() <= after.keys()
   for key, value in wanted.items():
@@ -64,13 +66,13 @@ def test_released_networks_are_reproduced_with_their_heads(golden, name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_round_trip_bit_for_bit(golden, name):
   state = state_of(golden(f"paws_{name}_tiny"))
-  again = export_paws(import_paws({f"module.{k}": v for k, v in state.items()}))
+  again = dump(LAYOUTS[name], load(LAYOUTS[name], {f"module.{k}": v for k, v in state.items()}).weights)
   assert again.keys() == state.keys() and all(np.array_equal(again[k], state[k]) for k in state)
 
 
 def test_a_tensor_of_no_head_is_named(golden):
-  with pytest.raises(UserError, match="'fc.fc1.gain'"):
-    import_paws(state_of(golden("paws_wideresnet_tiny")) | {"fc.fc1.gain": np.ones(3)})
+  with pytest.raises(UserError, match="fc.fc1.gain"):
+    load("paws_wide_resnet", state_of(golden("paws_wideresnet_tiny")) | {"fc.fc1.gain": np.ones(3)})
 
 
 def test_wrn_28_2_has_its_published_size_and_a_feature_of_128():

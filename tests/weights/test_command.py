@@ -1,0 +1,211 @@
+"""`python -m big_ssl.weights`: files in, files out, the way into training, and one clear message for each mistake."""
+
+import contextlib
+import json
+import pickle
+
+import engine
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from big_ssl import setup, train
+from big_ssl.core.checkpoint import Checkpointer
+from big_ssl.core.config import InitFrom
+from big_ssl.core.types import UserError
+from big_ssl.weights import transfer
+from big_ssl.weights.__main__ import main
+from big_ssl.weights.containers import read_file, write_npz, write_safetensors
+from big_ssl.weights.families import dump
+from big_ssl.weights.keymap import Weights
+
+
+def run(*argv, code=0):
+  assert main([str(a) for a in argv]) == code
+
+
+@pytest.fixture
+def vit_file(golden, tmp_path):
+  state = {k.removeprefix("state/"): v for k, v in golden("dino_vit_tiny").items() if k.startswith("state/")}
+  write_safetensors(tmp_path / "dino.safetensors", state, metadata={})
+  return tmp_path / "dino.safetensors"
+
+
+def same(a, b):
+  a, b = (transfer.read_directory(path).weights for path in (a, b))
+  trees = [(a.flat(), b.flat()), (a.kept, b.kept)]
+  return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x) for x, y in trees)
+
+
+HEADS = "--model.heads=3"
+
+
+@pytest.mark.parametrize("form", ["official", "timm", "hf", "bigvision", "safetensors"])
+def test_import_export_import_is_the_identity(vit_file, tmp_path, form):
+  run("import", vit_file, f"--to={tmp_path / 'one'}", "--layout=dino", HEADS, "--license=Apache-2.0")
+  to = {"hf": tmp_path / "hf", "bigvision": tmp_path / "x.npz"}.get(form, tmp_path / "x.safetensors")
+  run("export", tmp_path / "one", f"--format={form}", f"--to={to}")
+  file = to / "model.safetensors" if form == "hf" else to
+  run("import", file, f"--to={tmp_path / 'two'}")
+  one, two = (json.loads((tmp_path / d / "model.json").read_text()) for d in ("one", "two"))
+  assert one["license"] == two["license"] == "Apache-2.0" and two["from"]["source_sha256"] == one["source_sha256"]
+  assert two["position_rule"] == one["position_rule"] == "dino" and two["mean"] == one["mean"]
+  if form == "bigvision":  # the slot of CLS is part of CLS there
+    folded = transfer.read_directory(tmp_path / "two").weights.params["backbone"]
+    whole = transfer.read_directory(tmp_path / "one").weights.params["backbone"]
+    np.testing.assert_array_equal(folded["cls_token"], whole["cls_token"] + whole["pos_embed"][:, :1])
+    assert two["model"]["class_position"] is False
+  else:
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert two["model"] == one["model"]
+  if form == "official":
+    original, again = read_file(vit_file).tensors, read_file(to).tensors
+    assert set(original) == set(again) and all(np.array_equal(original[k], again[k]) for k in original)
+
+
+def test_a_stablehlo_program_gives_the_features_of_the_model_for_any_batch(vit_file, tmp_path):
+  run("import", vit_file, f"--to={tmp_path / 'one'}", "--layout=dino", HEADS)
+  run("export", tmp_path / "one", "--format=stablehlo", f"--to={tmp_path / 'x.stablehlo'}")
+  program = jax.export.deserialize(bytearray((tmp_path / "x.stablehlo").read_bytes()))
+  saved = transfer.read_directory(tmp_path / "one")
+  model = transfer.backbone(saved.card["model"])
+  images = jax.random.normal(jax.random.key(0), (3, model.image_size, model.image_size, 3))
+  wanted = model.apply({"params": saved.weights.params["backbone"]}, images, train=False)["pooled"]
+  np.testing.assert_allclose(program.call(images), wanted, atol=1e-5)
+  assert program.call(images[:1]).shape == (1, wanted.shape[1])
+  assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+
+
+def test_half_precision_and_counters_come_back_as_they_were(tmp_path, golden):
+  state = {k.removeprefix("state/"): v for k, v in golden("swav_resnet_tiny").items() if k.startswith("state/")}
+  state["projection_head.0.weight"] = state["projection_head.0.weight"].astype(np.float16)
+  write_safetensors(tmp_path / "swav.safetensors", {f"module.{k}": v for k, v in state.items()}, metadata={})
+  run("import", tmp_path / "swav.safetensors", f"--to={tmp_path / 'one'}")
+  saved = Checkpointer(tmp_path / "one")
+  assert {v.dtype for k, v in saved.read().items() if k.startswith("params/")} == {np.dtype("float32")}
+  saved.close()
+  run("export", tmp_path / "one", "--format=official", f"--to={tmp_path / 'again.safetensors'}")
+  again = read_file(tmp_path / "again.safetensors").tensors
+  assert set(again) == set(state)
+  assert all(np.array_equal(again[k], state[k]) and again[k].dtype == state[k].dtype for k in state)
+
+
+class Notes:
+  def __init__(self):
+    self.lines = []
+
+  def notice(self, line):
+    self.lines.append(line)
+
+  def timer(self, name):
+    return contextlib.nullcontext()
+
+
+@pytest.fixture
+def msn_config():
+  return engine.small("msn")
+
+
+def test_training_starts_from_an_imported_file_and_its_run_is_exported(tmp_path, msn_config):
+  started = setup.make_run(msn_config, devices=jax.devices()[:1])
+  fresh = started.initial_state()
+  moved = jax.tree.map(lambda x: x + 1, fresh.params["encoder"])
+  official = dump("msn", Weights(moved, fresh.extra["batch_stats"]), heads=2)
+  file = tmp_path / "msn.safetensors"
+  write_safetensors(file, {f"module.{k}": v for k, v in official.items()}, metadata={})
+  patch, side = msn_config.model["patch"], msn_config.model["image_size"]
+  run("import", file, f"--to={tmp_path / 'in'}", "--model.heads=2", "--layout=msn")
+  card = json.loads((tmp_path / "in" / "model.json").read_text())
+  assert (card["model"]["patch"], card["model"]["image_size"]) == (patch, side)
+  notes = Notes()
+  state = train.start_from(InitFrom(path=str(tmp_path / "in")), started.initial_state(), notes, model=started.method.model)
+  jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], moved)
+  jax.tree.map(np.testing.assert_array_equal, state.extra["teacher"], moved)  # starts as its student does
+  assert "as initialized: params/prototypes" in notes.lines[-1]
+  after, history = engine.train_steps(msn_config, state=state, stop=1)
+  assert np.isfinite(history[0]["loss"])
+
+  checkpointer = Checkpointer(tmp_path / "run")
+  checkpointer.save(after, meta=started.meta())
+  checkpointer.close()
+  tree = {"model": dict(msn_config.model), "method": {"name": "msn"}}
+  (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
+  run("export", tmp_path / "run", "--format=official", f"--to={tmp_path / 'out.safetensors'}")
+  out = read_file(tmp_path / "out.safetensors").tensors
+  wanted = dump("msn", Weights(after.extra["teacher"], after.extra["teacher_batch_stats"]), heads=2)
+  assert set(out) == set(wanted) and all(np.array_equal(out[k], wanted[k]) for k in wanted)  # msn evaluates its teacher
+  run("export", tmp_path / "run", "--format=hf", f"--to={tmp_path / 'hf'}")
+  assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "vit_msn"
+  left = json.loads((tmp_path / "hf" / "model.json").read_text())["left"]
+  assert left and all(path.split("/")[1] == "head" for path in left)
+
+
+def test_show_says_what_is_there_and_what_would_be_read(vit_file, capsys):
+  run("show", vit_file, HEADS)
+  out = capsys.readouterr().out
+  for part in ("layout: timm_vit", "heads=3", "complete", "cls_token", "-> params/backbone/cls_token"):
+    assert part in out
+
+
+def test_a_public_file_in_a_config_is_told_how_to_be_imported(vit_file):
+  with pytest.raises(UserError, match=r"python -m big_ssl\.weights import FILE --to=DIR"):
+    train.start_from(InitFrom(path=str(vit_file)), None, Notes(), model=None)
+
+
+def test_shards_of_vissl_are_refused_with_the_command_that_joins_them(tmp_path):
+  (tmp_path / "rank0.torch").write_bytes(pickle.dumps({"type": "shard", "classy_state_dict": {"w": np.ones(2)}}, 2))
+  file = read_file(tmp_path / "rank0.torch")
+  with pytest.raises(UserError, match=r"rank0\.torch: one shard.*convert_sharded_checkpoint\.py"):
+    transfer.choose(file, None)
+
+
+def error(capsys, *argv):
+  run(*argv, code=2)
+  text = capsys.readouterr().err
+  assert text.startswith("error: ") and text.count("\n") == 1
+  return text
+
+
+def test_mistakes_are_one_line_each(vit_file, tmp_path, golden, capsys):
+  to = f"--to={tmp_path / 'd'}"
+  assert "give --model.heads=N" in error(capsys, "import", vit_file, to)
+  assert "config.model.heads=5: must divide" in error(capsys, "import", vit_file, to, "--model.heads=5")
+  wrong = error(capsys, "import", vit_file, to, HEADS, "--layout=msn_vit")
+  assert "--layout=msn_vit: expected one of" in wrong
+  family = error(capsys, "import", vit_file, to, HEADS, "--layout=swav")
+  assert "not a SwAV" in family and "looks like a timm ViT" in family
+  assert "--subtree=teacher" in error(capsys, "import", vit_file, to, HEADS, "--subtree=teacher")
+  patch = error(capsys, "import", vit_file, to, HEADS, "--layout=dino", "--model.patch=4")
+  assert "patch_embed.proj.weight" in patch and "of another shape" in patch
+  assert "neither a run's" in error(capsys, "export", tmp_path, "--format=timm", "--to=x.safetensors")
+  run("import", vit_file, to, HEADS, "--layout=dino")
+  capsys.readouterr()
+  assert "holds checkpoints already" in error(capsys, "import", vit_file, to, HEADS, "--layout=dino")
+  assert "Did you mean 'timm'" in error(capsys, "export", tmp_path / "d", "--format=tim", "--to=x")
+  assert "not for config.model.name='vit'" in error(capsys, "export", tmp_path / "d", "--format=torchvision", "--to=x")
+  assert ".safetensors" in error(capsys, "export", tmp_path / "d", "--format=timm", f"--to={tmp_path}/x.bin")
+
+
+def test_a_partial_import_has_to_be_asked_for_and_lists_what_it_left(vit_file, tmp_path, capsys):
+  tensors = dict(read_file(vit_file).tensors) | {"neck.weight": np.zeros(3, np.float32)}
+  del tensors["blocks.1.mlp.fc2.bias"]
+  write_safetensors(tmp_path / "cut.safetensors", tensors, metadata={})
+  argv = ("import", tmp_path / "cut.safetensors", f"--to={tmp_path / 'd'}", HEADS, "--layout=dino")
+  assert "missing 1: blocks.1.mlp.fc2.bias; unexpected 1: neck.weight" in error(capsys, *argv)
+  run(*argv, "--allow-partial")
+  out = capsys.readouterr().out
+  assert "left: missing 1: blocks.1.mlp.fc2.bias" in out and "left: unexpected 1: neck.weight" in out
+  assert json.loads((tmp_path / "d" / "model.json").read_text())["left"]
+
+
+def test_student_and_teacher_of_a_file_can_come_together(vit_file, tmp_path):
+  tensors = dict(read_file(vit_file).tensors)
+  both = {f"student/module.backbone.{k}": v for k, v in tensors.items()}
+  both |= {f"teacher/backbone.{k}": 2 * v for k, v in tensors.items()}
+  write_npz(tmp_path / "both.npz", both)
+  run("import", tmp_path / "both.npz", f"--to={tmp_path / 'd'}", HEADS, "--layout=dino", "--subtree=student,teacher")
+  student, teacher = (transfer.read_directory(tmp_path / "d", tree=tree).weights for tree in ("student", "teacher"))
+  norm = lambda weights: weights.params["backbone"]["norm"]["norm"]["scale"]
+  np.testing.assert_array_equal(norm(student), tensors["norm.weight"])
+  np.testing.assert_array_equal(norm(teacher), 2 * tensors["norm.weight"])
