@@ -79,6 +79,8 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     print(run.describe(), flush=True)
     if run.mesh.size > 1:
       print(collectives.summary(run.compiled_step().as_text()))
+    else:
+      run.trace_steps()
     return 0
   workdir = pathlib.Path(args.workdir or f"runs/{_run_name(args)}")
   try:

@@ -108,15 +108,20 @@ class Run:
     step = make_step(method, self.optimizer, seed=self.config.seed, accumulate=self.config.optim.accumulate)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
-  def compiled_step(self) -> Any:
-    """The step, compiled from shapes alone: nothing is allocated."""
+  def trace_steps(self) -> list[Any]:
+    """The step at each patch size, traced from shapes alone: what does not fit is refused here, and nothing is allocated."""
     resident = {
       name: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype, sharding=jax.sharding.NamedSharding(self.mesh, jax.P()))
       for name, p in self.pipelines.items()
       if p.resident is not None
     }
     with jax.set_mesh(self.mesh):
-      return self.jit_step().lower(self.abstract_state, self.raw_spec(), resident).compile()
+      return [self.jit_step(patch).trace(self.abstract_state, self.raw_spec(), resident) for patch in self.methods]
+
+  def compiled_step(self) -> Any:
+    """The first of them, compiled."""
+    with jax.set_mesh(self.mesh):
+      return self.trace_steps()[0].lower().compile()
 
   def describe(self) -> str:
     """Parameter table, bytes per device and the course of the run."""

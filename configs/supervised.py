@@ -6,6 +6,8 @@
   configs/supervised.py:vit22b     ViT-22B/14 on 1,024 devices, to plan with --mode=check
   configs/supervised.py:finetune_paws  ResNet-50 from a run of configs/paws.py:imagenet, on its 10 % of the labels
 
+The embedded run, seed 0: k-NN 79.2 against 27.5, at least 35 points above its random initialization.
+
 Command: python -m big_ssl.main --config=configs/supervised.py
 """
 
@@ -49,7 +51,8 @@ def vit22b() -> dict:
   """ViT-22B/14 (arXiv 2302.05442): batch 65,536, 177,000 steps, 1,024 devices; the paper's labels (JFT) are not public.
 
   Own choices: softmax, AdamW with a cosine schedule in place of Adafactor with reciprocal square roots. What a device holds
-  and what a step sends can be read without any such device, in minutes on a CPU:
+  is printed within a minute, without any such device; then the step is compiled for what it sends, which takes a CPU
+  long (--config.model.depth=2 a minute, and blocks repeat):
 
   Command: python -m big_ssl.main --config=configs/supervised.py:vit22b --mode=check --devices=1024 --data=sprites
   """

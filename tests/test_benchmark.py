@@ -2,8 +2,10 @@
 
 import json
 
+import engine
 import pytest
 
+from big_ssl.benchmark import costs
 from big_ssl.benchmark.__main__ import main
 
 
@@ -29,3 +31,24 @@ def test_the_input_path_is_timed_beside_pillow(tmp_path):
 def test_a_field_that_is_none_is_one_clear_line(capsys):
   assert main(["model", '--fields={"widht": 3}']) == 2
   assert "--fields.widht=3: unknown key. Did you mean 'width'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", [0, [v["name"] for v in costs.VARIANTS].index("resnet")])
+def test_the_table_of_costs_is_what_the_command_prints(index):
+  fields = costs.VARIANTS[index]
+  numbers = lambda line: [float(cell.replace(",", "")) for cell in line.strip("| ").split(" | ")[1:]]
+  lines = (engine.ROOT / "docs" / "models.md").read_text().splitlines()
+  written = numbers(next(line for line in lines if line.startswith(f"| {costs.title(fields)} |")))
+  found = numbers(costs.row(fields, size=224))
+  assert found[0] == written[0] and found == pytest.approx(written, rel=0.05)  # XLA's versions count the cheap operations differently
+
+
+def test_the_table_has_every_variant():
+  listed = [line.split(" | ")[0].removeprefix("| ") for line in (engine.ROOT / "docs" / "models.md").read_text().splitlines()]
+  assert set(map(costs.title, costs.VARIANTS)) <= set(listed)
+
+
+def test_resnet_18_costs_what_is_published():
+  found = costs.cost({"name": "resnet", "depth": 18}, size=224)
+  assert found["parameters"] == 11_176_512  # torchvision's 11,689,512 without the classifier of 513,000
+  assert found["flops"] == pytest.approx(2 * 1.814e9, rel=0.08)  # 1.814 billion multiply-adds (torchvision's table)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 
 import engine
 import jax
@@ -135,6 +136,8 @@ def changed(field: dataclasses.Field, value):
     return tuple(v + 1 for v in value)
   if isinstance(value, tuple):
     return tuple(v * 0.9 for v in value) if value else (0.5, 0.5, 0.5)
+  if isinstance(value, Mapping):
+    return dict(value)
   if isinstance(value, Interval):
     return dataclasses.replace(value, value=3 * value.value + 1)
   raise AssertionError(f"no rule for {field.name}={value!r}")
@@ -197,6 +200,8 @@ def test_every_field_of_a_method_has_an_effect(name, tmp_path):
         changes["sinkhorn_iterations"] = value + 2
       if field.name in ("mean", "std") and not value:
         changes = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+      if field.name == "teacher":  # fields of a backbone, by name
+        changes = {"teacher": {"layernorm_eps": 1e-3}}
       if field.name == "labels_file":
         (tmp_path / "labeled.txt").write_text("\n".join(map(str, range(len(run.sources["train"])))))
         changes = {"labels_file": str(tmp_path / "labeled.txt"), "labels_per_class": 0}

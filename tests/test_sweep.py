@@ -24,17 +24,23 @@ BACKBONES = {
   "xcit": {"variant": "custom", "width": 24, "depth": 1, "heads": 2, "patch": 8, "class_layers": 1},
   "resmlp": {"variant": "custom", "width": 24, "depth": 2, "patch": 8, "image_size": 32, "resample": "bilinear"},
   "regnet": {"variant": "custom", "widths": (8, 16), "depths": (1, 1), "group_width": 8},
+  "revnet": {"filters_factor": 0.5, "blocks": (1, 1), "strides": (2,)},
+  "flexivit": _SMALL_VIT | {"kernel_patch": 8, "pos_grid": 4, "patch_sizes": ()},
+  "vit22b": _SMALL_VIT,
+  "navit": _SMALL_VIT,
 }
 # What a method asks of a backbone, and the words of the refusal.
 _TOKENS = "config.model: LOCA needs a ViT"
-REFUSED = {("loca", name): _TOKENS for name in BACKBONES if name != "vit"}
+REFUSED = {("loca", name): _TOKENS for name in BACKBONES if name not in ("vit", "flexivit", "vit22b")}
+REFUSED |= {("navit", name): "config.model.name: packed sequences need navit" for name in BACKBONES if name != "navit"}
 
 
 def test_every_backbone_takes_part():
   found = set()
   for module in pkgutil.iter_modules(models.__path__):
     for _, value in inspect.getmembers(importlib.import_module(f"big_ssl.models.{module.name}"), inspect.isclass):
-      if issubclass(value, Backbone) and value is not Backbone and value.__module__.endswith("." + module.name):
+      public = issubclass(value, Backbone) and value is not Backbone and not value.__name__.startswith("_")
+      if public and value.__module__.endswith("." + module.name):
         found.add(module.name)
   assert found == set(BACKBONES)
 

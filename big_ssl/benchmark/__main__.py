@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  result |= {"machine": platform.processor() or platform.machine()}
+  result |= {"machine": platform.processor() or platform.machine()} if result else {}
   for key, value in result.items():
     print(f"{key:<40} {value:.2f}" if isinstance(value, float) else f"{key:<40} {value}")
   if args.json:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from big_ssl.core.packing import Packing
-from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, Size, TrainState, sides
+from big_ssl.core.types import (
+  Array,
+  Extra,
+  Interval,
+  Metrics,
+  Params,
+  Rule,
+  Size,
+  TrainState,
+  UserError,
+  nearest,
+  sides,
+)
 
 Augment = Callable[[Array, Array], Array]  # (key, image [H, W, C] float32 in [0, 1]) -> image; a frozen dataclass
 
@@ -40,6 +52,7 @@ class View:
     packing: crops keep their aspect and get the size that their packing gives them, in the top left of `size`;
       `batch[name + "_plan"]` says where their patches go (`augment.patches.pack_native`). Needs count=1, and a batch of
       whole shards on every device.
+    like: name of another view of the same stream whose boxes and flips this one has, at its own size.
   """
 
   name: str
@@ -55,6 +68,7 @@ class View:
   return_box: bool = False
   augment: tuple[Augment, ...] = ()
   packing: Packing | None = None
+  like: str = ""
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -111,10 +125,36 @@ class Inputs:
   keys: tuple[str, ...] = ()
   sampler: Shuffle | Sequential | ClassBalanced = Shuffle()
 
+  def __post_init__(self):
+    views = {view.name: view for view in self.views}
+    for view in self.views:
+      if view.like:
+        _check_like(view, views)
+
   @property
   def batch_size(self) -> int:
     """Images of one step where the sampler decides; 0 is the run's batch."""
     return getattr(self.sampler, "batch_size", 0)
+
+
+# What a box is drawn from; the box of "center" is also rounded by the size of the view.
+_GEOMETRY = ("crop", "scale", "ratio", "flip", "packing")
+
+
+def _check_like(view: View, views: Mapping[str, View]) -> None:
+  """Raises `UserError` where `view.like` names no view, or one whose boxes would be others."""
+  where = f"view '{view.name}': like='{view.like}'"
+  other = views.get(view.like)
+  if other is None or other is view:
+    raise UserError(f"{where}: no other view of this name.{nearest(view.like, [n for n in views if n != view.name])}")
+  if other.like:
+    raise UserError(f"{where}: is itself like '{other.like}'; name that one.")
+  different = [name for name in _GEOMETRY if getattr(view, name) != getattr(other, name)]
+  if different or view.count > other.count:
+    name = different[0] if different else "count"
+    raise UserError(f"{where}: has {name}={getattr(view, name)!r}, that one {getattr(other, name)!r}; their boxes would differ.")
+  if view.crop == "center" or view.packing:
+    raise UserError(f"{where}: boxes of center and packed crops depend on the size; expected a drawn crop, or 'none'.")
 
 
 class Extract(Protocol):

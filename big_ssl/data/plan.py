@@ -165,7 +165,7 @@ class Boxes:
 
 
 def boxes(view: View, sizes: np.ndarray, *, seed: int, positions: np.ndarray) -> Boxes:
-  """Draws the crop boxes of a view, keyed by (seed, view.name, position, copy).
+  """Draws the crop boxes of a view, keyed by (seed, view.like or view.name, position, copy).
 
   Args:
     view: how to crop.
@@ -176,7 +176,7 @@ def boxes(view: View, sizes: np.ndarray, *, seed: int, positions: np.ndarray) ->
   sizes = np.asarray(sizes, np.int64)
   if sizes.shape != (len(positions), 2) or (sizes.size and sizes.min() < 1):
     raise ValueError(f"sizes {sizes.shape} from {sizes.min(initial=0)}: expected [{len(positions)}, 2] of 1 and more")
-  draws = uniforms(seed, f"boxes/{view.name}", positions, view.count * _PER_COPY)
+  draws = uniforms(seed, f"boxes/{view.like or view.name}", positions, view.count * _PER_COPY)
   draws = draws.reshape(len(positions), view.count, _PER_COPY)
   if view.crop == "random_resized":
     box = _random_resized(view, sizes, draws)

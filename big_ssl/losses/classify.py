@@ -26,6 +26,22 @@ def cross_entropy(logits: Array, *, labels: Array, label_smoothing: float = 0.0)
   return -_mean_labeled((1.0 - label_smoothing) * hit + label_smoothing * jnp.mean(log_p, axis=-1), labels)
 
 
+def sigmoid_cross_entropy(logits: Array, *, labels: Array, label_smoothing: float = 0.0) -> Array:
+  """Sigmoid cross-entropy summed over the classes, mean over the images (arXiv 2006.07159, section 5).
+
+  Args:
+    logits, labels, label_smoothing: as for `cross_entropy`.
+
+  Returns:
+    Scalar, in nats.
+  """
+  z = logits.astype(jnp.float32)
+  hit = jnp.take_along_axis(z, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+  # -t log s(z) - (1 - t) log(1 - s(z)) = softplus(z) - t z
+  target_z = (1.0 - label_smoothing) * hit + label_smoothing * jnp.mean(z, axis=-1)
+  return _mean_labeled(jnp.sum(jax.nn.softplus(z), axis=-1) - target_z, labels)
+
+
 def accuracy(logits: Array, *, labels: Array) -> Array:
   """Share of labeled rows whose largest logit is the label's, in [0, 1]; of equal logits the first counts."""
   return _mean_labeled(jnp.argmax(logits, axis=-1) == labels, labels)

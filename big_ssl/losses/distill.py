@@ -1,4 +1,4 @@
-"""Self-distillation through soft assignments to prototypes: MSN and DINO."""
+"""Distillation: through soft assignments to prototypes (MSN and DINO), and of class probabilities."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ def cross_entropy(log_p: Array, *, targets: Array) -> Array:
     targets: [..., K] probabilities, no gradient.
   """
   return -jnp.sum(jax.lax.stop_gradient(targets) * log_p, axis=-1)
+
+
+def kl_divergence(student: Array, *, teacher: Array, temperature: float = 1.0) -> Array:
+  """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over images (arXiv 1503.02531, section 2).
+
+  Args:
+    student: [B, K] logits.
+    teacher: [B, K] logits, no gradient.
+    temperature: T; with T^2 the size of the gradient does not depend on it, roughly.
+
+  Returns:
+    Scalar in nats.
+  """
+  log_p = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+  log_t = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature))
+  return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_p), axis=-1))
 
 
 @flax.struct.dataclass

@@ -32,6 +32,7 @@ from big_ssl.losses import location
 from big_ssl.methods import parts
 from big_ssl.models.encoder import Encoder, as_teacher, copy_tree, encode
 from big_ssl.models.loca_heads import ClusterHead, PositionHead
+from big_ssl.models.vit import ViT
 from big_ssl.ops.ema import ema
 
 
@@ -103,10 +104,9 @@ class LOCA(Method):
       self._check_patches()
 
   def _check_patches(self) -> None:
-    patch = getattr(self.model, "patch", None)
-    if patch is None or getattr(self.model, "stem_channels", ()):
+    if not isinstance(self.model, ViT) or self.model.stem_channels:
       raise UserError(f"config.model: LOCA needs a ViT with a linear patch embedding; {type(self.model).__name__} as configured is none.")
-    if getattr(self.model, "patch_sizes", ()):
+    if self.model.patch_sizes:
       raise UserError(f"config.model.patch_sizes={self.model.patch_sizes}: LOCA's positions are patches, of one size in training; use ().")
     parts.check_patches(self, "reference_size", "query_size", "focal_size")
     for name, size in (("reference_seqlen", self.reference_size), ("query_seqlen", self.query_size)):

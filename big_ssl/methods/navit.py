@@ -20,7 +20,7 @@ from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.packing import Packing
-from big_ssl.core.types import Array, Extra, Metrics, Params, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError
 from big_ssl.losses import classify
 from big_ssl.methods.parts import center_view, check_channels, normalize
 from big_ssl.models.encoder import Encoder, encode
@@ -38,7 +38,7 @@ class NaViTClassification(Method):
     drop_law, drop_rate, drop_beta, drop_center, drop_width: of the dropped patches.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
     scale, ratio: of the training crop, share of the area and width/height; color_strength: of the jitter, 0 is none.
-    size: of the square evaluation crop.
+    size: of the evaluation crop.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
   """
@@ -61,7 +61,7 @@ class NaViTClassification(Method):
   scale: tuple[float, float] = (0.3, 1.0)
   ratio: tuple[float, float] = (0.5, 2.0)
   color_strength: float = 0.0
-  size: int = 224
+  size: Size = 224
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
@@ -123,7 +123,7 @@ class NaViTClassification(Method):
     return loss, (extra, jax.lax.stop_gradient(metrics | health.embedding(pooled)))
 
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
-    """The trunk's pooled output of square crops, and the class logits."""
+    """The trunk's pooled output of single crops, and the class logits."""
     del extra
     out = encode(self.encoder, params["encoder"], {}, batch["image"][:, 0], train=False).out
     return {"pooled": out["pooled"], "logits": out["projection"]}

@@ -10,12 +10,13 @@ import dataclasses
 
 import jax
 
+from big_ssl.augment import mixup
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError
 from big_ssl.losses import classify
-from big_ssl.methods.parts import center_view, check_channels, normalize
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import Classifier
 
@@ -29,6 +30,9 @@ class Supervised(Method):
       from PAWS keeps the first layer of its projection head, as its fine-tuning does (arXiv 2104.13963, released code).
     zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
+    mixup: alpha of its Beta(alpha, alpha), 0 is none; one share per step (`augment.mixup`).
+    sigmoid: sigmoid cross-entropy summed over the classes in place of softmax, and a classifier whose biases start at -10
+      (big_vision's ImageNet-21k).
     size, scale: of the training crop; color_strength: of the jitter, 0 is none.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
@@ -37,6 +41,8 @@ class Supervised(Method):
   hidden_layers: int = 0
   zero_init: bool = False
   label_smoothing: float = 0.0
+  mixup: float = 0.0
+  sigmoid: bool = False
   size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 0.0
@@ -44,10 +50,17 @@ class Supervised(Method):
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
 
-  supports_accumulation = True
+  accumulation_reason = "config.method.mixup mixes the images of the whole batch with one share"
 
   def __post_init__(self):
     check_channels(self)
+    check_least(self, mixup=0.0)
+    if getattr(self.model, "patch_sizes", ()):
+      check_patches(self, "size")
+
+  @property
+  def supports_accumulation(self) -> bool:
+    return not self.mixup
 
   def inputs(self) -> Inputs:
     s = self.color_strength
@@ -61,7 +74,9 @@ class Supervised(Method):
   @property
   def encoder(self) -> Encoder:
     hidden = (0,) * self.hidden_layers
-    return Encoder(backbone=self.model, head=Classifier(self.num_classes, hidden=hidden, zero_init=self.zero_init))
+    bias = -10.0 if self.sigmoid else 0.0
+    head = Classifier(self.num_classes, hidden=hidden, zero_init=self.zero_init, bias_init=bias)
+    return Encoder(backbone=self.model, head=head)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
     if self.num_classes < 2:
@@ -71,9 +86,16 @@ class Supervised(Method):
 
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     del step
-    encoded = encode(self.encoder, params["encoder"], extra["batch_stats"], batch["crop"][:, 0], train=True, rng=rng)
+    images = batch["crop"][:, 0]
+    if self.mixup:
+      rng, key = jax.random.split(rng)
+      share = mixup.draw(key, alpha=self.mixup)
+      images = mixup.mix(images, share=share)
+    encoded = encode(self.encoder, params["encoder"], extra["batch_stats"], images, train=True, rng=rng)
     logits = encoded.out["projection"]  # [B, K]
-    loss = classify.cross_entropy(logits, labels=batch["label"], label_smoothing=self.label_smoothing)
+    cross_entropy = classify.sigmoid_cross_entropy if self.sigmoid else classify.cross_entropy
+    on = lambda labels: cross_entropy(logits, labels=labels, label_smoothing=self.label_smoothing)
+    loss = mixup.mixed_loss(on, labels=batch["label"], share=share) if self.mixup else on(batch["label"])
     metrics = {"accuracy": classify.accuracy(logits, labels=batch["label"])} | health.embedding(encoded.out["pooled"])
     return loss, ({"batch_stats": encoded.batch_stats}, jax.lax.stop_gradient(metrics))
 

@@ -142,6 +142,7 @@ class Classifier(nn.Module):
 
   Attributes:
     pre_logits: width of a linear layer with tanh before the classifier (arXiv 2010.11929, section 3.1); 0 has none.
+    bias_init: where every bias of the classifier starts.
   """
 
   output: int
@@ -149,6 +150,7 @@ class Classifier(nn.Module):
   zero_init: bool = False
   dtype: str = "float32"
   pre_logits: int = 0
+  bias_init: float = 0.0
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
@@ -160,7 +162,8 @@ class Classifier(nn.Module):
     if self.pre_logits:
       x = nn.tanh(nn.Dense(self.pre_logits, dtype=self.dtype, name="pre_logits")(x))
     init = nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.01)
-    return nn.Dense(self.output, kernel_init=init, name="fc")(x.astype(jnp.float32))
+    bias_init = nn.initializers.constant(self.bias_init)
+    return nn.Dense(self.output, kernel_init=init, bias_init=bias_init, name="fc")(x.astype(jnp.float32))
 
 
 class LinearHeads(nn.Module):

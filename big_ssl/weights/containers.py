@@ -205,6 +205,7 @@ def write_safetensors(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray
 
   arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
   save_file(arrays, path, metadata={"format": "pt"} | metadata)
+  pathlib.Path(path).chmod(0o644)  # the library leaves it to the owner alone
 
 
 def write_npz(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -14,7 +14,7 @@ SIZES = {"model.patch_sizes": (4, 8, 16), "model.kernel_patch": 8, "model.pos_gr
 
 
 def make(name: str = "simclr", **overrides) -> setup.Run:
-  return setup.make_run(engine.small(name, **SIZES, **overrides), devices=jax.devices()[:1])
+  return setup.make_run(engine.small(name, **SIZES | overrides), devices=jax.devices()[:1])
 
 
 def test_sizes_are_drawn_alike_by_seed_and_step_alone():
@@ -54,7 +54,7 @@ def test_all_sizes_train_one_set_of_parameters_and_none_of_them_is_another():
 
 
 def test_a_size_that_does_not_divide_the_views_is_one_clear_line():
-  with pytest.raises(UserError, match="config.method.rand_size=32: must be a multiple of config.model.patch=12"):
-    setup.make_run(engine.small("msn", **SIZES | {"model.patch_sizes": (12,)}), devices=jax.devices()[:1])
+  with pytest.raises(UserError, match=r"config.model.patch_sizes=\(8, 12\): 12 leaves a rest of images of 32x32"):
+    make(**{"model.patch_sizes": (8, 12)}).trace_steps()
   with pytest.raises(UserError, match="config.model.patch_sizes.*LOCA"):
     setup.make_run(engine.small("loca", **{"model.patch_sizes": (4, 8)}), devices=jax.devices()[:1])

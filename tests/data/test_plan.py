@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from big_ssl.core.method import Sequential, Shuffle, View
+from big_ssl.core.method import Inputs, Sequential, Shuffle, View
 from big_ssl.core.types import UserError
 from big_ssl.data import plan
 
@@ -206,6 +206,32 @@ def test_boxes_belong_to_position_copy_view_and_seed():
   for other in (plan.boxes(view, sizes, seed=1, positions=np.arange(6)),
                 plan.boxes(View(name="w", size=8, count=3), sizes, seed=0, positions=np.arange(6))):
     assert not (other.box == first.box).all(-1).any()
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "clipped", "none"])
+def test_a_view_like_another_has_its_boxes_and_flips_whatever_the_sizes(crop):
+  first, other = View(name="v", size=8, count=2, crop=crop), View(name="w", size=(24, 12), crop=crop, like="v")
+  assert Inputs(views=(first, other)).views[1].like == "v"
+  sizes = np.random.default_rng(0).integers(20, 300, (50, 2))
+  mine, theirs = (plan.boxes(view, sizes, seed=4, positions=np.arange(50)) for view in (other, first))
+  np.testing.assert_array_equal(mine.box[:, 0], theirs.box[:, 0])
+  np.testing.assert_array_equal(mine.flip[:, 0], theirs.flip[:, 0])
+  assert 0 < mine.flip.mean() < 1
+
+
+@pytest.mark.parametrize(
+  "first,other,message",
+  [
+    (dict(name="crop"), dict(like="crops"), r"view 'w': like='crops': no other view.*Did you mean 'crop'\?"),
+    (dict(name="crop"), dict(like="w"), "like='w': no other view"),
+    (dict(name="v"), dict(like="v", scale=(0.5, 1.0)), r"like='v': has scale=\(0.5, 1.0\), that one \(0.08, 1.0\)"),
+    (dict(name="v"), dict(like="v", count=2), "has count=2, that one 1"),
+    (dict(name="v", crop="center"), dict(like="v", crop="center"), "center and packed crops depend on the size"),
+  ],
+)
+def test_a_view_like_none_or_like_one_of_other_boxes_is_an_error(first, other, message):
+  with pytest.raises(UserError, match=message):
+    Inputs(views=(View(size=8, **first), View(name="w", size=8, **other)))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])

@@ -31,6 +31,20 @@ def value_and_gradients(**kwargs):
   return out, gradients
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kl_divergence_equals_its_definition_and_the_teacher_gets_no_gradient(temperature):
+  rng = np.random.default_rng(0)
+  student, teacher = rng.normal(size=(2, 7, 5)).astype(np.float32) * 3
+  p, t = (np.exp(x / temperature) / np.exp(x / temperature).sum(1, keepdims=True) for x in (student, teacher))
+  loss = lambda s, t: distill.kl_divergence(s, teacher=t, temperature=temperature)
+  value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(student), jnp.asarray(teacher))
+  assert float(value) == pytest.approx(temperature**2 * np.mean(np.sum(t * np.log(t / p), 1)), rel=1e-4)
+  np.testing.assert_allclose(gradients[0], temperature * (p - t) / 7, atol=1e-6)
+  assert not np.any(gradients[1])
+  assert float(loss(jnp.asarray(student), jnp.asarray(student))) == 0
+  assert np.isfinite(loss(jnp.asarray([[9e4, 0.0]]), jnp.asarray([[0.0, 9e4]])))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_msn_loss_terms_targets_and_gradients_match_the_reference(name):
   out, (grad_anchors, grad_prototypes) = value_and_gradients(**VARIANTS[name])
