@@ -47,6 +47,11 @@ def default_configs() -> list[str]:
   return sorted({name for name, _ in recipes()})
 
 
+def methods() -> list[str]:
+  """The configs of one method each, which have its name; the others are recipes of these."""
+  return [name for name in default_configs() if (ROOT / "big_ssl" / "methods" / f"{name}.py").exists()]
+
+
 def load(name: str, recipe: str = "", **overrides) -> config_lib.Config:
   spec = str(ROOT / "configs" / f"{name}.py") + (f":{recipe}" if recipe else "")
   return config_lib.load(spec, {k: str(v) for k, v in overrides.items()})[0]
@@ -55,7 +60,7 @@ def load(name: str, recipe: str = "", **overrides) -> config_lib.Config:
 def small(name: str, **overrides) -> config_lib.Config:
   """The default recipe of a config, shrunk in data, length and network; the method keeps every option."""
   config = load(name)
-  return load(name, **SMALL | TINY.get(config.model["name"], {}) | few_labels(config) | few_clusters(config) | overrides)
+  return load(name, **SMALL | TINY.get(config.model["name"], {}) | few_labels(config) | few_clusters(config) | small_shards(config) | overrides)
 
 
 def few_labels(config: config_lib.Config) -> dict:
@@ -77,6 +82,12 @@ def few_clusters(config: config_lib.Config) -> dict:
   if isinstance(config.method.get("num_prototypes"), tuple):
     found["method.num_prototypes"] = tuple(6 + h for h, _ in enumerate(config.method["num_prototypes"]))
   return found
+
+
+def small_shards(config: config_lib.Config) -> dict:
+  """Overrides for a method that packs images: shards that divide the batch of each of 8 devices."""
+  small = {"method.shard_size": 2, "method.sequences": 2, "method.drop_rate": (0.25, 0.25)}
+  return small if "shard_size" in config.method else {}
 
 
 def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):

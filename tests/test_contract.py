@@ -22,7 +22,7 @@ from big_ssl.core.step import make_step, prepare_streams
 from big_ssl.core.types import Interval, UserError
 from big_ssl.evaluate import Extractor, refresh
 
-DEFAULTS = engine.default_configs()
+DEFAULTS = engine.methods()
 ENGINE_FIELDS = {f.name for f in dataclasses.fields(Method)}
 
 

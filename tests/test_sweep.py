@@ -67,7 +67,7 @@ def options(method: str, backbone: str) -> dict:
 def pairs() -> list:
   """All of them; beyond the usual backbones and three dissimilar methods they are in the slow tests."""
   usual = lambda method, backbone: backbone in ("vit", "resnet") or method in ("simclr", "dino", "deepcluster")
-  every = [(m, b) for m in engine.default_configs() for b in BACKBONES]
+  every = [(m, b) for m in engine.methods() for b in BACKBONES]
   return [pytest.param(m, b, marks=() if usual(m, b) else pytest.mark.slow) for m, b in every]
 
 
@@ -92,7 +92,7 @@ SIDES = {
 } | dict.fromkeys(("swav", "deepcluster_v2", "sela_v2"), ("large_size", "small_size"))
 
 
-@pytest.mark.parametrize("method", engine.default_configs())
+@pytest.mark.parametrize("method", engine.methods())
 def test_views_may_be_rectangles(method):
   names = SIDES.get(method, ("size",))
   shapes = [(32, 48), (16, 24), (16, 24)] if method != "loca" else [(32, 48), (32, 48), (16, 24)]

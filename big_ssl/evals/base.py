@@ -84,10 +84,7 @@ def pairs(extract: Extract, *, output: str, baselines: bool) -> Iterator[Pair]:
   Raises:
     UserError: features that are not finite, or a label below -1.
   """
-  kinds = [("", output, "current")]
-  if baselines:
-    kinds += [("random_init/", output, "random"), ("raw_pixels/", "pixels", "current")]
-  for prefix, name, weights in kinds:
+  for prefix, name, weights in _kinds(output, baselines):
     train, held_out = (labeled(extract(split, output=name, weights=weights), name=name) for split in ("train", "eval"))
     if train is None or held_out is None:
       return
@@ -96,19 +93,43 @@ def pairs(extract: Extract, *, output: str, baselines: bool) -> Iterator[Pair]:
     yield Pair(prefix, train, held_out)
 
 
+def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator[tuple[str, Features]]:
+  """As `pairs` where nothing is fitted: prefix and held-out features. Raw pixels are standardized by these images.
+
+  Raises:
+    UserError: features that are not finite.
+  """
+  for prefix, name, weights in _kinds(output, baselines):
+    found = labeled(extract("eval", output=name, weights=weights), name=name)
+    if found is None:
+      return
+    yield prefix, _standardize(found, found)[1] if name == "pixels" else found
+
+
+def _kinds(output: str, baselines: bool) -> list[tuple[str, str, str]]:
+  """Prefix, output and weights of what is evaluated."""
+  yardsticks = [("random_init/", output, "random"), ("raw_pixels/", "pixels", "current")]
+  return [("", output, "current"), *(yardsticks if baselines else [])]
+
+
 def labeled(features: Features, *, name: str) -> Features | None:
   """The rows that have a label; None where there are none."""
   if features.labels is None or not np.any(features.labels >= 0):
     return None
+  check_finite(features, name=name)
+  keep = features.labels >= 0
+  if keep.all():
+    return features
+  return take(features, keep)
+
+
+def check_finite(features: Features, *, name: str) -> None:
+  """Raises UserError where a row of output `name` has a NaN or an infinity."""
   bad = int(np.sum(~np.all(np.isfinite(features.features), axis=1)))
   if bad:
     raise UserError(
       f"config.evals: output '{name}' is not finite for {bad} of {len(features.features)} images; the weights diverged."
     )
-  keep = features.labels >= 0
-  if keep.all():
-    return features
-  return take(features, keep)
 
 
 def take(features: Features, rows: np.ndarray) -> Features:

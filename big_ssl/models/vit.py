@@ -283,7 +283,7 @@ class ViT(Backbone):
   def _patches(self, images: Array, *, patch: tuple[int, int], train: bool) -> Array:
     """[N, h, w, D] without positions."""
     width, stored = self.size().width, self.kernel_patch or self.patch
-    if self.patch_sizes and any(side % p for side, p in zip(images.shape[1:3], patch, strict=True)):
+    if self.patch_sizes and any(side > p and side % p for side, p in zip(images.shape[1:3], patch, strict=True)):
       sides = f"{images.shape[1]}x{images.shape[2]}"
       raise UserError(f"config.model.patch_sizes={self.patch_sizes}: {patch[0]} leaves a rest of images of {sides} pixels.")
     if not self.stem_channels:

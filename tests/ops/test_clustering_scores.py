@@ -1,12 +1,18 @@
 """Scores of clusterings against their definitions over all pairs of clusters, and against hand-made cases."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from big_ssl.ops.clustering_scores import normalized_mutual_information, size_entropy
+from big_ssl.ops.clustering_scores import (
+  adjusted_rand_index,
+  matched_accuracy,
+  normalized_mutual_information,
+  size_entropy,
+)
 
 
 def by_definition(first, second, average):
@@ -65,3 +71,31 @@ def test_size_entropy_of_unequal_sizes_is_that_of_the_definition():
 def test_size_entropy_is_one_for_equal_sizes_and_zero_for_one_cluster():
   assert size_entropy(np.array([5, 5, 5])) == pytest.approx(1.0)
   assert size_entropy(np.array([9, 0, 0])) == 0.0
+
+
+def test_ari_and_nmi_are_those_of_scikit_learn():
+  i = np.arange(60)
+  # Values of scikit-learn 1.9.1.
+  first, second = i * 7 % 11 % 4, (i // 4 * 3 + i % 5 // 3 * 2) % 6
+  assert adjusted_rand_index(first, second) == pytest.approx(-0.04321600234719501, abs=1e-12)
+  arithmetic = normalized_mutual_information(first, second, average="arithmetic")
+  assert arithmetic == pytest.approx(0.009554014917363556, abs=1e-12)
+  assert normalized_mutual_information(first, second) == pytest.approx(0.009554146805638266, abs=1e-12)
+  first, second = i % 3, np.where(i % 7 == 0, (i + 1) % 3, i % 3)
+  assert adjusted_rand_index(first, second) == pytest.approx(0.604078947368421, abs=1e-12)
+  assert normalized_mutual_information(first, second) == pytest.approx(0.6152336068273391, abs=1e-12)
+
+
+def test_ari_is_one_for_renamed_clusters_and_defined_without_pairs():
+  assert adjusted_rand_index([0, 0, 1, 1, 2, -1], [5, 5, 3, 3, 9, 1]) == 1.0
+  assert adjusted_rand_index([0, 0, 0], [1, 1, 1]) == 1.0 and adjusted_rand_index([0, 1, 2], [2, 1, 0]) == 1.0
+  assert adjusted_rand_index([4], [2]) == 1.0 and adjusted_rand_index([0, 0, 0, 0], [0, 0, 1, 1]) == 0.0
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 4])
+def test_matched_accuracy_is_the_best_over_all_matchings(clusters):
+  rng = np.random.default_rng(clusters)
+  labels, found = rng.integers(0, 3, 50), rng.integers(0, clusters, 50)
+  names = list(range(max(3, clusters)))
+  best = max(np.mean(np.array(p)[found] == labels) for p in itertools.permutations(names))
+  assert matched_accuracy(found, labels=labels) == pytest.approx(100 * best)

@@ -74,3 +74,14 @@ def test_a_tiny_temperature_votes_with_the_nearest_and_does_not_overflow():
 def test_top_five_does_not_credit_a_class_without_a_vote():
   vote = np.array([[3.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
   assert knn.top_k_accuracy(vote, labels=np.array([1, 1]), k=5) == 50.0
+
+
+def test_neighbors_and_votes_of_npid_are_the_recorded_ones(golden):
+  z = golden("npid_knn")
+  queries = z["test_features"] / np.linalg.norm(z["test_features"], axis=1, keepdims=True)
+  found = knn.nearest(queries, bank=z["train_features"], k=10)
+  np.testing.assert_array_equal(found.index, z["neighbours"])
+  np.testing.assert_allclose(found.similarity, z["similarities"], atol=1e-5)
+  vote = knn.votes(found, labels=z["train_labels"], k=10, temperature=0.07, num_classes=5)
+  np.testing.assert_allclose(vote * np.exp(found.similarity[:, :1].astype(float) / 0.07), z["scores"], rtol=1e-4)
+  np.testing.assert_array_equal(vote.argmax(1), z["predictions"])
