@@ -85,8 +85,8 @@ def test_the_loss_is_that_of_the_images_one_by_one():
 
 
 def test_a_shard_that_does_not_divide_the_batch_of_a_device_is_refused():
-  with pytest.raises(UserError, match="config.method.shard_size=16: must divide the 8 images of each device"):
-    engine.train_steps(engine.small("navit", batch_size=8))
+  with pytest.raises(UserError, match="config.method.shard_size=3: must divide the 8 images of each device"):
+    engine.train_steps(engine.small("navit", batch_size=8, **{"method.shard_size": 3}))
 
 
 def test_positions_that_end_before_the_largest_image_are_refused():
