@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from big_ssl.augment.apply import augment_views
 from big_ssl.core import sharding
-from big_ssl.core.method import Inputs, Sequential, View, as_streams
+from big_ssl.core.method import Inputs, Method, Sequential, Trunk, View, as_streams
 from big_ssl.core.step import make_features, prepare
-from big_ssl.core.types import Array, Extra, Params, TrainState
+from big_ssl.core.types import Array, Extra, Params, PyTree, TrainState
 from big_ssl.data.pipeline import Pipeline
+from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Features
 from big_ssl.setup import Run, make_pipeline
 
@@ -32,7 +37,7 @@ class Extractor:
     self._random: TrainState | None = None
     self._pipelines: dict[str, Pipeline] = {}
     self._resident: dict[str, Any] = {}
-    self._functions: dict[tuple, Any] = {}
+    self._functions: dict[Any, Any] = {}
     self.state: TrainState | None = None
 
   def __call__(self, split: str, *, output: str = "pooled", weights: str = "current") -> Features:
@@ -44,6 +49,22 @@ class Extractor:
     if weights == "random" or output == "pixels":
       self._constant[key] = features
     return features
+
+  def images(self, split: str) -> DataSource:
+    return self._run.sources[split]
+
+  def apply(self, function: Callable[[Trunk, Array], PyTree], images: np.ndarray, *, weights: str = "current") -> PyTree:
+    """`evals.base.Extract.apply`: the rows are spread over the devices, and gathered."""
+    run, count = self._run, len(images)
+    state = self._random_state() if weights == "random" else self.state
+    if function not in self._functions:
+      self._functions[function] = jax.jit(functools.partial(_on_trunk, run.method, function))
+    padded = np.concatenate([images, np.zeros((-count % run.mesh.size, *images.shape[1:]), images.dtype)])
+    place = jax.sharding.NamedSharding(run.mesh, sharding.BATCH)
+    placed = jax.make_array_from_callback(padded.shape, place, lambda rows: padded[rows])
+    with jax.set_mesh(run.mesh):
+      out = self._functions[function](state.params, state.extra, placed)
+    return jax.tree.map(lambda x: _gather(x)[:count], out)
 
   def over_training_set(
     self,
@@ -130,6 +151,13 @@ class Extractor:
     streams = as_streams(self._run.method.inputs())
     rows = [p.labeled for name, p in self._run.pipelines.items() if streams[name].source == split and p.labeled is not None]
     return np.isin(index, np.concatenate(rows)) if rows else None
+
+
+def _on_trunk(method: Method, function: Callable[[Trunk, Array], PyTree], params: Params, extra: Extra, images: Array) -> PyTree:
+  view = dataclasses.replace(method.eval_view(), size=images.shape[1:3])
+  cut = {view.name: images[:, None]}
+  normalized = augment_views((view,), cut, jax.random.key(0), row=jnp.arange(len(images)))[view.name][:, 0]
+  return function(method.trunk(params, extra), normalized)
 
 
 def refresh(run: Run, extract: Extractor, state: TrainState) -> tuple[TrainState, dict[str, float]]:

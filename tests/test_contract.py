@@ -221,3 +221,22 @@ def test_features_are_finite_for_every_held_out_image(name):
   extract.state = run.initial_state()
   out = extract("eval")
   assert out.features.shape[0] == len(run.sources["eval"]) and np.isfinite(out.features).all()
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_trunk_is_the_backbone_whose_features_are_evaluated(name):
+  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
+  state = run.initial_state()
+  params = jax.tree.map(lambda x: 1.3 * x, state.params)  # no longer what a teacher started from
+  images = jax.random.uniform(jax.random.key(0), (2, *run.method.eval_view().shape, 3))
+
+  @jax.jit
+  def both(params, extra):
+    out = run.method.trunk(params, extra)(images)
+    # What methods evaluate: an output of the backbone, the mean of its patches, or CLS before the last norm.
+    found = {"mean": jnp.mean(out["tokens"], axis=1)} if "tokens" in out else {}
+    found |= {k: out[k] for k in ("pooled", "relu") if k in out} | ({"cls": out["cls_layers"][:, -1]} if "cls_layers" in out else {})
+    return run.method.features(params, extra, {"image": images[:, None]})["pooled"], found
+
+  pooled, found = both(params, state.extra)
+  assert any(x.shape == pooled.shape and np.allclose(x, pooled, rtol=1e-4, atol=1e-5) for x in found.values())

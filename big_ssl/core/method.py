@@ -182,6 +182,22 @@ class Extract(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+  """The backbone that is evaluated, called as `trunk(images [N, H, W, C], attention_layers=(11,)) -> dict`.
+
+  Attributes:
+    module: the backbone; what it gives, and which keywords it takes, are its `__call__`'s.
+    variables: {"params": ..., "batch_stats": ...}.
+  """
+
+  module: Any
+  variables: dict[str, Any]
+
+  def __call__(self, images: Array, **kwargs: Any) -> dict[str, Any]:
+    return self.module.apply(self.variables, images, train=False, **kwargs)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
   """A self-supervised system as pure functions; hyper-parameters are the fields, and it holds no array.
@@ -241,6 +257,14 @@ class Method(abc.ABC):
   @abc.abstractmethod
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
     """Evaluation features of `batch["image"]` [B, 1, H, W, C]; "pooled" [B, D] always. Which tree is evaluated is decided here."""
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    """The backbone under `features`, for evaluators that read tokens, attention or other image sizes; the student's here."""
+    return self.trunk_of(params["encoder"], extra.get("batch_stats", {}))
+
+  def trunk_of(self, params: Params, batch_stats: Extra) -> Trunk:
+    """The backbone of one encoder's trees."""
+    return Trunk(self.model, {"params": params["backbone"], "batch_stats": batch_stats.get("backbone", {})})
 
   def param_rules(self) -> tuple[Rule, ...]:
     """Ordered rules; every parameter must match one."""

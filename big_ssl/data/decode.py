@@ -50,6 +50,25 @@ def decode(data: bytes, *, channels: int = 3, canvas: int = 0) -> np.ndarray:
     raise BadImage(_reason(error)) from None
 
 
+def decode_mask(data: bytes) -> np.ndarray:
+  """Class numbers [h, w] int32 of a picture whose gray values, or palette indices, are the classes.
+
+  Raises:
+    BadImage: not a picture, or one in color, whose classes nothing tells.
+  """
+  from PIL import Image
+
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise BadImage(f"a mask of mode {image.mode}; expected gray values or palette indices that are class numbers")
+      return np.asarray(image).astype(np.int32)
+  except BadImage:
+    raise
+  except Exception as error:  # as in `decode`
+    raise BadImage(_reason(error)) from None
+
+
 def _reason(error: Exception) -> str:
   text = str(error).splitlines()[0] if str(error) else type(error).__name__
   return "not a picture" if "cannot identify" in text else text[:120]

@@ -18,6 +18,8 @@ from big_ssl.core.types import UserError, nearest
 from big_ssl.data import tfrecord
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+MASK_FOLDERS = ("labels", "masks", "annotations")
+MASK_LAYOUT = f"Masks are .png files of the same name in a folder {', '.join(MASK_FOLDERS)} where the images are in one called images."
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "validation", "test", "eval")
 
@@ -32,6 +34,7 @@ class Listing:
     offsets, sizes: [N] int64 bytes.
     labels: [N] int32, -1 for a class that is not in `class_names`; or None.
     class_names: of the labels, or ().
+    masks: [N], files of the classes of the pixels; or None.
   """
 
   names: Sequence[str]
@@ -40,6 +43,7 @@ class Listing:
   sizes: np.ndarray
   labels: np.ndarray | None = None
   class_names: tuple[str, ...] = ()
+  masks: Sequence[str] | None = None
 
   def digest(self) -> str:
     """Hash of the names and sizes: cheap, and the same wherever the data is moved to."""
@@ -49,7 +53,8 @@ class Listing:
   def take(self, rows: Sequence[int], *, names: Sequence[str]) -> Listing:
     """The images `rows` under new names, without labels."""
     rows = np.asarray(rows, np.int64)
-    return Listing(names, [self.files[i] for i in rows], self.offsets[rows], self.sizes[rows])
+    masks = None if self.masks is None else [self.masks[i] for i in rows]
+    return Listing(names, [self.files[i] for i in rows], self.offsets[rows], self.sizes[rows], masks=masks)
 
   def labeled_by_folder(self, class_names: Sequence[str] | None = None) -> Listing:
     """The class is the first folder below those that all images share; no labels for one folder, or a stray image.
@@ -107,6 +112,39 @@ def split_by_folder(listing: Listing, *, where: str, split: str, eval_split: str
       known = next(iter(out.values())).class_names if out else None  # those of the training images
       out[name] = part if known == () else part.labeled_by_folder(known)
   return out
+
+
+def pair_masks(listing: Listing, *, where: str) -> Listing:
+  """The images of a folder with their masks; the listing as it is where it has no masks.
+
+  Where a folder "images" (at any depth) has a sibling out of `MASK_FOLDERS`, its pictures are masks: images/a/1.jpg has
+  labels/a/1.png, and so do val/images/1.jpg and val/labels/1.png. "images" is then left out of the names, so that
+  images/train/1.jpg is of the split "train".
+
+  Raises:
+    UserError: an image without a mask, or masks without images.
+  """
+  number = {name: i for i, name in enumerate(listing.names)}
+  parts = [name.split("/") for name in listing.names]
+  beside = {(tuple(p[:i]), folder) for p in parts for i, folder in enumerate(p[:-1])}
+  of_mask = lambda p: next((i for i, f in enumerate(p[:-1]) if f in MASK_FOLDERS and (tuple(p[:i]), "images") in beside), None)
+  rows, names, masks = [], [], []
+  for row, p in enumerate(parts):
+    if of_mask(p) is not None:
+      continue
+    at = next((i for i, f in enumerate(p[:-1]) if f == "images"), None)
+    kinds = [f for f in MASK_FOLDERS if at is not None and (tuple(p[:at]), f) in beside]
+    if not kinds:
+      return listing  # an image of another kind: these are folders of classes
+    mask = "/".join([*p[:at], kinds[0], *p[at + 1 : -1], posixpath.splitext(p[-1])[0] + ".png"])
+    if mask not in number:
+      raise UserError(f"--data={where}: {listing.names[row]} has no mask {mask}. {MASK_LAYOUT}")
+    rows.append(row)
+    names.append("/".join(p[:at] + p[at + 1 :]))
+    masks.append(listing.files[number[mask]])
+  if not rows:
+    return listing
+  return dataclasses.replace(listing.take(rows, names=names), masks=masks)
 
 
 def folder(root: pathlib.Path) -> Listing:

@@ -75,6 +75,17 @@ class DataSource(abc.ABC):
     """The images of some indices, decoded; raises `decode.BadImage`."""
     return [self.pixels(int(i)) for i in indices]
 
+  @property
+  def has_masks(self) -> bool:
+    """Whether `mask` gives the classes of the pixels of every image."""
+    return "mask" in self.extras
+
+  def mask(self, index: int) -> np.ndarray:
+    """Class of every pixel, integers [h, w], as the image is decoded; raises `decode.BadImage`."""
+    if not self.has_masks:
+      raise UserError(f"config.data.source: {self._title} has no masks. {listing.MASK_LAYOUT}")
+    return self.extras["mask"][index]
+
   def name(self, index: int) -> str:
     """What an image is called in messages."""
     return str(index)
@@ -150,6 +161,18 @@ class Files(DataSource):
 
   def name(self, index: int) -> str:
     return self._found.names[index]
+
+  @property
+  def has_masks(self) -> bool:
+    return self._found.masks is not None
+
+  def mask(self, index: int) -> np.ndarray:
+    if not self.has_masks:
+      return super().mask(index)
+    try:
+      return decode.decode_mask(pathlib.Path(self._found.masks[index]).read_bytes())
+    except OSError as error:
+      raise decode.BadImage(error.strerror or str(error)) from None
 
   def read(self, index: int) -> bytes:
     found = self._found
@@ -228,6 +251,13 @@ class Subset(DataSource):
   def pixels(self, index: int, *, canvas: int = 0) -> np.ndarray:
     return self._source.pixels(int(self._indices[index]), canvas=canvas)
 
+  @property
+  def has_masks(self) -> bool:
+    return self._source.has_masks
+
+  def mask(self, index: int) -> np.ndarray:
+    return self._source.mask(int(self._indices[index]))
+
   def _hash(self) -> str:
     return self._source.describe()["hash"]
 
@@ -252,7 +282,7 @@ def open_splits(
   or of fewer than 20 images, the training images are evaluated.
 
   Args:
-    spec: "sprites", "tfds:name", a folder, a .npz, a tar or glob of tars, a TFRecord file or glob.
+    spec: "sprites", "tfds:name", a folder (with masks in a folder beside "images", see `listing.pair_masks`), a .npz, a tar or glob of tars, a TFRecord file or glob.
     split, eval_split: names of the splits, where the source has them; "" lets the source choose.
     data_dir: root of prepared TFDS data sets.
     seed: of the sprites.
@@ -284,7 +314,8 @@ def _open(spec: str, *, split: str, eval_split: str, data_dir: str) -> list[Data
     return tfds.open_pair(spec[5:], split=split or "train", eval_split=eval_split, data_dir=data_dir)
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
-    return _files(listing.folder(path), path.resolve().name, where=spec, split=split, eval_split=eval_split)
+    found = listing.pair_masks(listing.folder(path), where=spec)
+    return _files(found, path.resolve().name, where=spec, split=split, eval_split=eval_split)
   if path.suffix == ".npz":
     return _npz(str(path), split=split, eval_split=eval_split)
   if ".tar" in path.name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,15 +31,60 @@ class Features:
   used_in_training: np.ndarray | None = None
 
 
-class Extract(Protocol):
-  """Features of a whole split under the method's evaluation view.
+Weights = Literal["current", "random"]
+Split = Literal["train", "eval"]
 
-  `output` is a key of `Method.features`, or "pixels", the view itself; `weights` "random" is the initialization.
+
+class Images(Protocol):
+  """The decoded images of a split: a `data.source.DataSource`.
+
+  Attributes:
+    labels: int32 [N], -1 where an image has none; or None.
+    has_masks: whether `mask` gives one for every image.
+    extras: further arrays [N, ...] by key, such as "box".
   """
 
-  def __call__(
-    self, split: Literal["train", "eval"], *, output: str = "pooled", weights: Literal["current", "random"] = "current"
-  ) -> Features: ...
+  labels: np.ndarray | None
+  has_masks: bool
+  extras: dict[str, np.ndarray]
+
+  def __len__(self) -> int: ...
+
+  def pixels(self, index: int) -> np.ndarray:
+    """uint8 or uint16 [h, w, C]; raises a ValueError that gives the reason for an image that cannot be read."""
+    ...
+
+  def mask(self, index: int) -> np.ndarray:
+    """Class of every pixel, integers [h, w]; raises as `pixels`."""
+    ...
+
+  def name(self, index: int) -> str: ...
+
+  def describe(self) -> dict[str, Any]: ...
+
+
+class Extract(Protocol):
+  """What an evaluator sees of a run: features of whole splits, and for dense evaluations the images and the backbone.
+
+  `output` is a key of `Method.features`, or "pixels", the evaluation view itself; `weights` "random" is the initialization.
+  """
+
+  def __call__(self, split: Split, *, output: str = "pooled", weights: Weights = "current") -> Features: ...
+
+  def images(self, split: Split) -> Images:
+    """The images as decoded, at their own sizes."""
+    ...
+
+  def apply(self, function: Callable[[Any, Any], Any], images: np.ndarray, *, weights: Weights = "current") -> Any:
+    """`function(trunk, images)` on the devices, its outputs on the host, the same on every process and for any mesh.
+
+    Args:
+      function: of a `core.method.Trunk` and the normalized images; compiled once per function and shape, so give a
+        function of a module or a method of the frozen evaluator, not a new lambda each time. Its outputs have a row per
+        image.
+      images: [B, H, W, C] float32 in [0, 1]; they get the photometric operations of the evaluation view, which normalize.
+    """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Solarize
 from big_ssl.core import health
-from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.method import Inputs, Method, Trunk, View
 from big_ssl.core.schedules import cosine
 from big_ssl.core.types import Array, Extra, Interval, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import distill
@@ -239,6 +239,10 @@ class DINO(Method):
     stats = {k: v for k, v in extra["teacher_batch_stats"].items() if k == "backbone"}
     out = encode(trunk, {"backbone": extra["teacher"]["backbone"]}, stats, batch["image"][:, 0], train=False).out
     return {k: out[k] for k in ("pooled", "cls_layers", "cls_layers_normed") if k in out}
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    del params
+    return self.trunk_of(extra["teacher"], extra["teacher_batch_stats"])
 
   def param_rules(self) -> tuple[Rule, ...]:
     """Biases and all other 1-D tensors have no decay; CLS, positions, prototypes v and a trained g have it."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from big_ssl.augment.correspondence import patch_positions, pixel_boxes
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale, Solarize
 from big_ssl.core import health, schedules
-from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.method import Inputs, Method, Trunk, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError, sides
 from big_ssl.losses import location
 from big_ssl.methods import parts
@@ -248,6 +248,10 @@ class LOCA(Method):
     of = lambda tree: encode(self.encoder, tree["encoder"], {}, batch["image"][:, 0], train=False).out["tokens"]
     mean = lambda tree: jnp.mean(of(tree).astype(jnp.float32), axis=1)
     return {"pooled": mean(extra["teacher"]), "student": mean(params)}
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    del params
+    return self.trunk_of(extra["teacher"]["encoder"], {})
 
   def param_rules(self) -> tuple[Rule, ...]:
     """Decay on every parameter whose rank is not 1: positions, prototypes, and the biases of query, key and value, one row per head."""

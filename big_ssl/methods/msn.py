@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from big_ssl.augment import masking
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
-from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.method import Inputs, Method, Trunk, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import distill
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
@@ -230,6 +230,10 @@ class MSN(Method):
     out = encoded.out
     pooled = out["cls_layers"][:, -1] if "cls_layers" in out else out["pooled"]
     return {"pooled": pooled, "normed": out["pooled"], "projection": out["projection"]}
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    del params
+    return self.trunk_of(extra["teacher"], extra["teacher_batch_stats"])
 
   def param_rules(self) -> tuple[Rule, ...]:
     """CLS and positions ARE decayed, biases and norms are not; prototypes have no decay and stay out of the clipping."""

@@ -29,7 +29,7 @@ from big_ssl.augment.photometric import (
   Solarize,
 )
 from big_ssl.core import health
-from big_ssl.core.method import ClassBalanced, Inputs, Method, View
+from big_ssl.core.method import ClassBalanced, Inputs, Method, Trunk, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import semi
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
@@ -178,6 +178,9 @@ class PAWS(Method):
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
     """The trunk ("pooled"), after the projection, and after the prediction head where there is one ("prediction")."""
     return embed(self, params, extra["batch_stats"], batch["image"][:, 0], train=False)[0]
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    return self.trunk_of(params["encoder"], extra["batch_stats"]["encoder"])
 
   def param_rules(self) -> tuple[Rule, ...]:
     return paws_rules()

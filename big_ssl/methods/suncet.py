@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from big_ssl.augment.photometric import CIFAR_MEAN, CIFAR_STD
 from big_ssl.core import health
-from big_ssl.core.method import Inputs, Method, View
+from big_ssl.core.method import Inputs, Method, Trunk, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
 from big_ssl.losses import semi
 from big_ssl.methods import paws
@@ -89,6 +89,9 @@ class SuNCEt(Method):
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
     """As of PAWS: "pooled", "projection" and "prediction"."""
     return paws.embed(self, params, extra["batch_stats"], batch["image"][:, 0], train=False)[0]
+
+  def trunk(self, params: Params, extra: Extra) -> Trunk:
+    return self.trunk_of(params["encoder"], extra["batch_stats"]["encoder"])
 
   def param_rules(self) -> tuple[Rule, ...]:
     return paws.paws_rules()
