@@ -103,6 +103,40 @@ def test_named_splits_are_taken(tmp_path):
   assert len(rest["train"]) == 4 and len(rest["eval"]) == 3
 
 
+def test_masks_beside_the_images_are_found_in_both_layouts(tmp_path):
+  classes = np.array([[0, 3], [1, 255]], np.uint8)
+  for layout in ("{split}/{kind}/a.{end}", "{kind}/{split}/a.{end}"):
+    root = tmp_path / layout[1]
+    for split in ("train", "val"):
+      for kind, end, array in (("images", "jpg", np.full((2, 2, 3), 90, np.uint8)), ("annotations", "png", classes)):
+        file = root / layout.format(split=split, kind=kind, end=end)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(file)
+    opened = source.open_splits(str(root))
+    for images in opened.values():
+      assert len(images) == 1 and images.has_masks and images.labels is None and images.name(0) == "a.jpg"
+      np.testing.assert_array_equal(images.mask(0), classes)
+
+
+def test_an_image_without_its_mask_is_named(tmp_path):
+  for kind, names in (("images", "ab"), ("labels", "a")):
+    (tmp_path / kind).mkdir()
+    for name in names:
+      Image.new("L", (2, 2)).save(tmp_path / kind / f"{name}.png")
+  with pytest.raises(UserError, match="images/b.png has no mask labels/b.png"):
+    source.open_splits(str(tmp_path))
+
+
+def test_folders_of_classes_called_images_and_labels_stay_classes(tmp_path):
+  for name in ("images/a.png", "labels/b.png", "cats/c.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("L", (2, 2)).save(tmp_path / name)
+  opened = source.open_splits(str(tmp_path))["train"]
+  assert not opened.has_masks and len(opened) == 3 and opened.class_names == ("cats", "images", "labels")
+  with pytest.raises(UserError, match="has no masks. Masks are .png files"):
+    opened.mask(0)
+
+
 def test_a_link_back_into_the_folder_ends(tmp_path):
   save(tmp_path / "data" / "a.png")
   save(tmp_path / "elsewhere" / "b.png")
