@@ -97,8 +97,6 @@ def test_views_may_be_rectangles(method):
   names = SIDES.get(method, ("size",))
   shapes = [(32, 48), (16, 24), (16, 24)] if method != "loca" else [(32, 48), (32, 48), (16, 24)]
   sizes = {f"method.{name}": shape for name, shape in zip(names, shapes, strict=False)}
-  if method == "msn":  # the rule of its own release is for squares
-    sizes["model.pos_rule"] = "dino"
   run = setup.make_run(engine.small(method, **sizes), devices=jax.devices()[:1])
   assert run.method.eval_view().shape == (32, 48)
   _, metrics = abstract_step(run)

@@ -87,7 +87,8 @@ def resample_matrices(
 
   Args:
     rule: "dino" (DINO, DINOv2 without registers): cubic a = -0.75, borders clamped, scale (n + 0.1) / sqrt(N);
-      "msn": the same kernel, one scale sqrt(n / N) for both axes, skipped when the counts are equal;
+      "msn": the same kernel, one scale sqrt(n / N) for both axes, skipped when the counts are equal; n / g of each axis
+      for rectangles, which the released code does not take (own choice);
       "hf": the same kernel, scale n / g; "antialias" (timm, DINOv2 with registers): cubic a = -0.5, antialiased;
       "linear" (LOCA): linear, antialiased; "flexivit" (big_vision): the same, skipped where the counts are equal;
       "bilinear" (timm's other mode): linear without antialiasing, borders clamped; "corners" (what big_vision does once
@@ -95,20 +96,17 @@ def resample_matrices(
     image: (height, width) in pixels; DINO skips the resampling only where the count is equal and the image square.
 
   Raises:
-    UserError: unknown rule, or a rectangular grid under "msn".
+    UserError: unknown rule.
   """
   if rule not in RULES:
     raise UserError(f"config.model.pos_rule={rule!r}: expected one of {', '.join(RULES)}.{nearest(rule, RULES)}")
   equal_count = grid[0] * grid[1] == table[0] * table[1]
   if rule == "msn":
-    if equal_count:
+    if equal_count and (grid == table or grid[0] == grid[1]):
       return None
-    if grid[0] != grid[1] or table[0] != table[1]:
-      raise UserError(
-        f"config.model.pos_rule='msn': resamples square grids only, found {table[0]}x{table[1]} to {grid[0]}x{grid[1]}."
-      )
     scale = math.sqrt(grid[0] * grid[1] / (table[0] * table[1]))
-    return tuple(_cubic_clamped(n, g, scale) for n, g in zip(grid, table, strict=True))
+    square = grid[0] == grid[1] and table[0] == table[1]
+    return tuple(_cubic_clamped(n, g, scale if square else n / g) for n, g in zip(grid, table, strict=True))
   if rule == "dino":
     if equal_count and image[0] == image[1]:
       return None

@@ -60,6 +60,14 @@ def test_flexivit_leaves_a_table_of_as_many_patches_alone_and_else_is_linear():
   np.testing.assert_array_equal(run("flexivit", (5, 7)), run("linear", (5, 7)))
 
 
+@pytest.mark.parametrize("grid", [(3, 5), (2, 8), (6, 4)])
+def test_the_rule_of_msn_scales_each_axis_of_a_rectangle_by_itself(grid):
+  found = positions.resample_matrices("msn", table=(4, 4), grid=grid, image=(8 * grid[0], 8 * grid[1]))
+  axes = [positions.resample_matrices("hf", table=(4, 4), grid=(n, n), image=(8 * n, 8 * n)) for n in grid]
+  for i, matrix in enumerate(found):
+    np.testing.assert_allclose(matrix, np.eye(4) if axes[i] is None else axes[i][i], atol=1e-12)
+
+
 def test_an_unknown_rule_names_the_nearest():
   with pytest.raises(UserError, match="pos_rule='antialiased'.*Did you mean 'antialias'"):
     positions.resample(np.zeros((16, 4)), rule="antialiased", grid=(5, 5), image=(80, 80))

@@ -358,7 +358,6 @@ def test_the_convolutional_stem_has_its_own_batch_statistics():
     (custom(24, 1, 2, 4, 32, stem_channels=(8, 16)), (1, 3, 32, 3), "smaller than one patch"),
     (custom(24, 1, 2, 8, 32, drop_path=1.0), (1, 32, 32, 3), "config.model.drop_path=1.0"),
     (custom(24, 1, 2, 8, 32, pos_rule="hff"), (1, 32, 32, 3), "Did you mean 'hf'"),
-    (custom(24, 1, 2, 8, 32, pos_rule="msn"), (1, 40, 32, 3), "4x4 to 5x4"),
   ],
 )
 def test_wrong_sizes_are_clear_errors(model, shape, message):
