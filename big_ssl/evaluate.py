@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,45 +13,100 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from big_ssl import __version__
 from big_ssl.augment.apply import augment_views
 from big_ssl.core import sharding
 from big_ssl.core.method import Inputs, Method, Sequential, Trunk, View, as_streams
 from big_ssl.core.step import make_features, prepare
-from big_ssl.core.types import Array, Extra, Params, PyTree, TrainState
+from big_ssl.core.types import Array, Extra, Params, PyTree, TrainState, UserError, nearest
+from big_ssl.data import davis
+from big_ssl.data.clips import Clip
 from big_ssl.data.pipeline import Pipeline
-from big_ssl.data.source import DataSource
-from big_ssl.evals.base import Features
+from big_ssl.data.source import DataSource, open_folder
+from big_ssl.evals.base import Features, Output
+from big_ssl.feature_cache import FeatureCache, MemoryCache, Stored, key_of, output_name
+from big_ssl.models import dense
+from big_ssl.ops.fingerprint import fingerprint
 from big_ssl.setup import Run, make_pipeline
 
 
 class Extractor:
   """Features under the method's evaluation view, for the current weights or the random initialization.
 
-  Features that do not depend on the training (pixels, random weights) are computed once.
+  Features that do not depend on the training (pixels, random weights) are computed once. The others are remembered until
+  `state` is another one.
+
+  Args:
+    run: whose method, data and evaluation view are used.
+    kept: where features are read and kept beyond this process.
+    memory_bytes: of the features of one state that are remembered.
   """
 
-  def __init__(self, run: Run):
+  def __init__(self, run: Run, *, kept: FeatureCache | None = None, memory_bytes: int = 8 * 2**30):
     self._run = run
+    self._kept = kept
+    self._current = MemoryCache(max_bytes=memory_bytes)
+    self._fingerprints: dict[str, str] = {}
     self._features = jax.jit(make_features(run.method), static_argnames=())
-    self._constant: dict[tuple[str, str, str], Features] = {}
+    self._constant: dict[tuple[str, Output, str], Features] = {}
     self._random: TrainState | None = None
     self._pipelines: dict[str, Pipeline] = {}
     self._resident: dict[str, Any] = {}
     self._functions: dict[Any, Any] = {}
-    self.state: TrainState | None = None
+    self._folders: dict[str, DataSource] = {}
+    self._state: TrainState | None = None
 
-  def __call__(self, split: str, *, output: str = "pooled", weights: str = "current") -> Features:
-    """Args: split: "train" or "eval"; output: a key of `Method.features`, or "pixels"; weights: "current" or "random"."""
+  @property
+  def state(self) -> TrainState | None:
+    """The weights that are "current"."""
+    return self._state
+
+  @state.setter
+  def state(self, state: TrainState | None) -> None:
+    if state is not self._state:
+      self.forget()
+    self._state = state
+
+  def forget(self) -> None:
+    """Drops what is remembered of the current weights."""
+    self._current.clear()
+    self._fingerprints.pop("current", None)
+
+  def __call__(self, split: str, *, output: Output = "pooled", weights: str = "current") -> Features:
+    """Args: split: "train" or "eval"; output: a key of `Method.features`, a function of the trunk, or "pixels"; weights:
+    "current" or "random"."""
     key = (split, output, weights)
     if key in self._constant:
       return self._constant[key]
-    features = self._compute(split, output, self._random_state() if weights == "random" else self.state)
-    if weights == "random" or output == "pixels":
-      self._constant[key] = features
-    return features
+    found = self._current.get(key)
+    if found is None:
+      found = self._labeled_rows(split, self._stored(split, output, weights))
+      if weights == "random" or output == "pixels":
+        self._constant[key] = found
+      else:
+        self._current.put(key, found)
+    return found
 
   def images(self, split: str) -> DataSource:
     return self._run.sources[split]
+
+  @property
+  def stride(self) -> tuple[int, int]:
+    return dense.stride(self._run.method.model)
+
+  @property
+  def size(self) -> tuple[int, int]:
+    return self._run.method.eval_view().shape
+
+  def folder(self, path: str, *, field: str) -> DataSource:
+    """`evals.base.Extract.folder`; read with the channels of the training images, and listed once."""
+    if path not in self._folders:
+      self._folders[path] = open_folder(path, channels=self._run.sources["train"].channels, field=field)
+    return self._folders[path]
+
+  def clips(self, path: str = "", *, field: str) -> Sequence[Clip]:
+    """`evals.base.Extract.clips`."""
+    return davis.open_clips(path, channels=self._run.sources["train"].channels, field=field) if path else self._run.sources["eval"].clips
 
   def apply(self, function: Callable[[Trunk, Array], PyTree], images: np.ndarray, *, weights: str = "current") -> PyTree:
     """`evals.base.Extract.apply`: the rows are spread over the devices, and gathered."""
@@ -73,8 +128,9 @@ class Extractor:
     *,
     views: tuple[View, ...] = (),
     rng: Array | None = None,
+    split: str = "train",
   ) -> np.ndarray:
-    """`core.method.Extract`: the outputs of `function` for every training image, in the order of the source."""
+    """`core.method.Extract`: the outputs of `function` for every image of `split`, in the order of the source."""
     run, drawn = self._run, bool(views)
     views = views or (run.method.eval_view(),)
     inputs = Inputs(views=views, sampler=Sequential())
@@ -83,16 +139,16 @@ class Extractor:
         lambda params, extra, raw, resident, key: function(params, extra, prepare(inputs, raw, resident, key))
       )
     # Boxes are drawn by the name of the stream: others at every refresh.
-    stream = f"refresh/{int(state.step)}" if drawn else "eval/train"
-    pipeline = make_pipeline(run.config, run.sources["train"], inputs, mesh=run.mesh, stream=stream)
-    resident = self._placed("train", pipeline)
+    stream = f"refresh/{int(state.step)}" if drawn else f"eval/{split}"
+    pipeline = make_pipeline(run.config, run.sources[split], inputs, mesh=run.mesh, stream=stream)
+    resident = self._placed(split, pipeline)
     key = jax.random.key(0) if rng is None else rng
     rows = []
     with jax.set_mesh(run.mesh):
-      for i, raw in pipeline.iterate(0, self._steps("train")):
+      for i, raw in pipeline.iterate(0, self._steps(split)):
         step_key = jax.random.fold_in(key, i)
         rows.append(_gather(self._functions[function, views](state.params, state.extra, sharding.make_global(run.mesh, raw), resident, step_key)))
-    return np.concatenate(rows)[: len(run.sources["train"])]
+    return np.concatenate(rows)[: len(run.sources[split])]
 
   def _random_state(self) -> TrainState:
     if self._random is None:
@@ -111,7 +167,8 @@ class Extractor:
     """The images of an in-memory source on the devices, once; None for others."""
     if pipeline.resident is not None and split not in self._resident:
       streams = as_streams(self._run.method.inputs())
-      there = [images for name, images in self._run.resident.items() if streams[name].source == split]
+      trained_on = self._run.resident if self._run.own_data else {}
+      there = [images for name, images in trained_on.items() if streams[name].source == split]
       self._resident[split] = there[0] if there else sharding.replicate(self._run.mesh, pipeline.resident)
     return self._resident.get(split)
 
@@ -124,33 +181,93 @@ class Extractor:
     for _, raw in pipeline.iterate(0, self._steps(split)):
       yield raw
 
-  def _compute(self, split: str, output: str, state: TrainState) -> Features:
-    run = self._run
+  def _forward(self, output: Output) -> Callable:
+    """The compiled outputs of the evaluation view by name."""
+    if isinstance(output, str):
+      return self._features
+    if ("view", output) not in self._functions:
+      inputs = Inputs(views=(self._run.method.eval_view(),))
+
+      def forward(params: Params, extra: Extra, raw: dict[str, Array], resident: Array | None) -> dict[str, Array]:
+        images = prepare(inputs, raw, resident, jax.random.key(0))["image"][:, 0]
+        return {str(output): output(self._run.method.trunk(params, extra), images)}
+
+      self._functions["view", output] = jax.jit(forward)
+    return self._functions["view", output]
+
+  def _stored(self, split: str, output: Output, weights: str) -> Stored:
+    """From the files that are kept where every process has them, else computed, and kept."""
+    compute = lambda: self._compute(split, output, self._random_state() if weights == "random" else self.state)
+    key = self._key(split, output, weights)
+    if self._kept is None or key is None:
+      return compute()
+    owner = self._owner("pixels" if output == "pixels" else weights)
+    found = self._kept.load(owner=owner, key=key)
+    if not _on_every_process(found is not None):
+      found = compute()
+      self._kept.save(found, owner=owner, key=key)
+    return found
+
+  def _key(self, split: str, output: Output, weights: str) -> str | None:
+    """Names all that the features depend on besides the weights; None where something of it has no lasting name."""
+    run, data, name = self._run, self._run.sources[split].describe(), output_name(output)
+    if not data["hash"] or name is None:
+      return None
+    config = {"method": run.config.method, "model": run.config.model, "canvas": run.config.data.canvas, "crop": run.config.data.crop}
+    where = {"version": __version__, "backend": jax.default_backend()}
+    return key_of(where | config | {"data": data, "view": repr(run.method.eval_view()), "output": name, "weights": weights})
+
+  def _owner(self, weights: str) -> str:
+    """Names the weights; "pixels" need none."""
+    if weights == "pixels":
+      return weights
+    state = self._random_state() if weights == "random" else self.state
+    if weights not in self._fingerprints:
+      self._fingerprints[weights] = fingerprint((state.params, state.extra), mesh=self._run.mesh)
+    return f"random-{self._fingerprints[weights]}" if weights == "random" else f"step{int(state.step)}-{self._fingerprints[weights]}"
+
+  def _compute(self, split: str, output: Output, state: TrainState) -> Stored:
+    run, name = self._run, str(output)
     rows, indices, valids = [], [], []
     with jax.set_mesh(run.mesh):
       for raw in self.batches(split):
         resident = self._placed(split, self._pipeline(split))
-        out = self._features(state.params, state.extra, sharding.make_global(run.mesh, raw), resident)
-        if output not in out:
-          raise KeyError(f"{type(run.method).__name__} has no output '{output}'; it has {', '.join(sorted(out))}")
-        rows.append(_gather(out[output]))
+        out = self._forward(output)(state.params, state.extra, sharding.make_global(run.mesh, raw), resident)
+        if name not in out:
+          known = ", ".join(sorted(out))
+          raise UserError(f"config.evals: output={name!r} is none of config.method.name={run.config.method['name']}.{nearest(name, out)} It has {known}.")
+        rows.append(_gather(out[name]))
         indices.append(_gather_rows(raw["index"]))
         valids.append(_gather_rows(raw["valid"]))
     valid, index = np.concatenate(valids), np.concatenate(indices)
-    labels = run.sources[split].labels
+    found = np.concatenate(rows)[valid].astype(np.float32)
+    return Stored(found.reshape(len(found), -1), index[valid], found.shape[1:])
+
+  def _labeled_rows(self, split: str, stored: Stored) -> Features:
+    source = self._run.sources[split]
     return Features(
-      features=np.concatenate(rows)[valid].astype(np.float32),
-      labels=None if labels is None else np.asarray(labels)[index[valid]].astype(np.int32),
-      index=index[valid],
-      source=run.sources[split].describe()["name"],
-      used_in_training=self._labeled(split, index[valid]),
+      features=stored.features,
+      shape=stored.shape,
+      labels=None if source.labels is None else np.asarray(source.labels)[stored.index].astype(np.int32),
+      index=stored.index,
+      source=source.describe()["name"],
+      used_in_training=self._labeled(split, stored.index),
     )
 
   def _labeled(self, split: str, index: np.ndarray) -> np.ndarray | None:
     """Which of these images are in a class-balanced stream of the method; None where it has none."""
+    if not self._run.own_data:
+      return None
     streams = as_streams(self._run.method.inputs())
     rows = [p.labeled for name, p in self._run.pipelines.items() if streams[name].source == split and p.labeled is not None]
     return np.isin(index, np.concatenate(rows)) if rows else None
+
+
+def keeping_extractor(run: Run, workdir: pathlib.Path, *, notice: Callable[[str], None]) -> Extractor:
+  """An extractor that reads and keeps features in `<workdir>/features`, up to config.checkpoint.features_gib."""
+  limit = int(run.config.checkpoint.features_gib * 2**30)
+  write = jax.process_index() == 0
+  return Extractor(run, kept=FeatureCache(workdir / "features", max_bytes=limit, notice=notice, write=write) if limit else None)
 
 
 def _on_trunk(method: Method, function: Callable[[Trunk, Array], PyTree], params: Params, extra: Extra, images: Array) -> PyTree:
@@ -173,17 +290,33 @@ def _gather(x: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True)) if jax.process_count() > 1 else np.asarray(x)
 
 
+def _on_every_process(condition: bool) -> bool:
+  """All processes take the same branch: some may not see the files of others."""
+  return bool(np.all(_gather_rows(np.array([condition]))))
+
+
 def _gather_rows(x: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True)) if jax.process_count() > 1 else x
 
 
+def foreign_classes(run: Run) -> str:
+  """Says that no held-out image is of a training class, where labels are there and this is why none counts; else ""."""
+  held, train = run.sources["eval"], run.sources["train"]
+  if held.labels is None or not len(held) or np.any(held.labels >= 0) or not train.class_names:
+    return ""
+  known = ", ".join(train.class_names[:3])
+  return f"none of the {len(held)} held-out images, such as {held.name(0)}, is in a folder of a training class ({known}, ...)"
+
+
 def evaluate(run: Run, extract: Extractor, state: TrainState, *, names: list[str], logger: Any, step: int) -> dict[str, float]:
-  """Runs the named evaluators on `state` and logs each with its protocol."""
+  """Runs the named evaluators on `state` and logs each with its protocol; features stay remembered (`Extractor.forget`)."""
   extract.state = state
   results = {}
   for name in names:
     report = run.evaluators[name](extract, mesh=run.mesh)
     logger.log_eval(step, name, report.metrics, report.protocol)
+    if not report.metrics and (why := foreign_classes(run)):
+      logger.warning(f"config.evals.{name}: {why}")
     results |= {f"{name}/{k}": v for k, v in report.metrics.items()}
   return results
 

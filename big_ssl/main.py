@@ -56,9 +56,6 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   from big_ssl.core import config as config_lib
   from big_ssl.core.types import UserError
 
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/big_ssl/jax"))
-  jax.config.update("jax_compilation_cache_dir", cache)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   if args.data:
     overrides = {"data.source": args.data} | overrides
   if args.data_dir:
@@ -74,6 +71,7 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   from big_ssl.core.checkpoint import quiet_storage
 
   quiet_storage()
+  setup.keep_compiled()
   run = setup.make_run(config)
   if args.mode == "check":
     print(run.describe(), flush=True)
@@ -140,23 +138,19 @@ def _train(run, workdir: pathlib.Path) -> int:
 
 def _read(run, workdir: pathlib.Path, args: argparse.Namespace) -> int:
   from big_ssl import evaluate
-  from big_ssl.core.checkpoint import Checkpointer
-  from big_ssl.core.types import UserError
+  from big_ssl.report.write import write_report
+  from big_ssl.start import saved_state
 
   logger = _make_logger(run, workdir)
   try:
-    checkpointer = Checkpointer(workdir)
-    restored = checkpointer.restore(run.abstract_state, step=args.step, warn=logger.warning)
-    if restored is None:
-      raise UserError(f"--workdir={workdir}: no checkpoint in it to {args.mode}.")
-    state = restored[0]
-    extract = evaluate.Extractor(run)
+    state = saved_state(run, workdir, logger, step=args.step)
+    extract = evaluate.keeping_extractor(run, workdir, notice=logger.notice)
     if args.mode == "eval":
       evaluate.evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=int(state.step))
+      write_report(run, workdir, logger, status="evaluated", extract=extract)
     else:
       for file in evaluate.extract_to(workdir, run, extract, state):
         logger.notice(f"wrote {file}")
-    checkpointer.close()
     return 0
   finally:
     logger.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from big_ssl import __version__
 from big_ssl.augment.apply import validate
+from big_ssl.augment.photometric import Normalize
 from big_ssl.core import config as config_lib
 from big_ssl.core import sharding
 from big_ssl.core.config import Config
@@ -23,11 +25,13 @@ from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
 from big_ssl.core.step import make_step, prepare_streams
 from big_ssl.core.types import Extra, PyTree, TrainState, UserError
 from big_ssl.data import source as source_lib
+from big_ssl.data.balanced import labeled_subset
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Evaluator
 from big_ssl.models.layers import Backbone
 
+_PROTOCOL_FIELDS = {"model": "model.name", "patch": "model.patch", "mean": "method.mean", "std": "method.std"}
 _PATCH_STREAM = 0x9A7C  # of the draws of patch sizes, so that nothing else has their numbers
 
 
@@ -46,6 +50,7 @@ class Run:
   total_steps: int
   examples: int
   abstract_state: TrainState  # with shardings
+  own_data: bool = True  # False where `sources` are others than `pipelines` read
 
   def steps(self, interval: Any) -> int:
     return interval.steps(batch_size=self.config.batch_size, examples=self.examples)
@@ -144,7 +149,23 @@ class Run:
       "batch_size": self.config.batch_size,
       "method": self.config.method["name"],
       "data": self.sources["train"].describe(),
+      "protocol": self.protocol(),
     }
+
+  def protocol(self) -> dict[str, Any]:
+    """What an evaluation must share with the training: the patch of the backbone's kernel, and the normalization."""
+    model, normalize = self.method.model, [a for a in self.method.eval_view().augment if isinstance(a, Normalize)]
+    patch = getattr(model, "kernel_patch", None) or getattr(model, "patch", None)
+    numbers = {name: getattr(normalize[0], name) if normalize else () for name in ("mean", "std")}
+    return {"model": self.config.model["name"], "patch": patch} | numbers
+
+  def check_protocol(self, saved: dict[str, Any], where: str) -> None:
+    """Raises `UserError` where the record of a checkpoint tells of another method, backbone, patch or normalization."""
+    mine = json.loads(json.dumps({"method.name": self.config.method["name"]} | {_PROTOCOL_FIELDS[k]: v for k, v in self.protocol().items()}))
+    made = {"method.name": saved.get("method")} | {_PROTOCOL_FIELDS[k]: v for k, v in saved.get("protocol", {}).items()}
+    for key, value in mine.items():
+      if made.get(key) is not None and made[key] != value:  # checkpoints of earlier versions do not tell
+        raise UserError(f"{where}: the checkpoint was made with config.{key}={made[key]}, this config has {value}; features of another protocol say nothing.")
 
   def check_meta(self, saved: dict[str, Any], *, where: str) -> None:
     """Raises `UserError` naming what differs between the record of a checkpoint and this run."""
@@ -206,14 +227,14 @@ def by_patch_size(method: Method) -> dict[int, Method]:
   return {patch: at(patch) for patch in getattr(method.model, "patch_sizes", ())} or {0: method}
 
 
-def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> Run:
-  """Opens the data, builds every part and checks that they fit, before anything is computed."""
-  mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
-  if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
-    raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
-  make_method(config)  # config errors before any data is opened
-  evaluators = {name: _evaluator(name, fields) for name, fields in config.evals.items() if fields is not None}
-  sources = source_lib.open_splits(
+def make_evaluators(config: Config) -> dict[str, Evaluator]:
+  """Those of `config.evals`, by name; None leaves one out."""
+  return {name: _evaluator(name, fields) for name, fields in config.evals.items() if fields is not None}
+
+
+def open_data(config: Config) -> dict[str, DataSource]:
+  """The sources "train" and "eval" of `config.data`, all images of them."""
+  return source_lib.open_splits(
     config.data.source,
     split=config.data.split,
     eval_split=config.data.eval_split,
@@ -223,12 +244,38 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     eval_examples=config.data.eval_examples,
     image_size=config.data.image_size,
   )
-  train = sources["train"]
+
+
+def on_other_data(run: Run, config: Config) -> Run:
+  """The same method and state, evaluated on the data and by the evaluators of `config`; it cannot be trained.
+
+  Raises:
+    UserError: the data cannot be opened, or have other channels than the images of `run`.
+  """
+  evaluators, sources = make_evaluators(config), open_data(config)
+  sources["train"] = labeled_subset(sources["train"], config.data)
+  for source in sources.values():
+    if source.channels != run.method.image_channels:
+      has, expected = f"{source.channels} channel{'s' * (source.channels > 1)}", run.method.image_channels
+      where = f"config.data.source={config.data.source!r}: {source.describe()['name']}"
+      raise UserError(f"{where} has {has}, the checkpoint is for images of {expected}.")
+  return dataclasses.replace(run, config=config, sources=sources, evaluators=evaluators, own_data=False)
+
+
+def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> Run:
+  """Opens the data, builds every part and checks that they fit, before anything is computed."""
+  mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
+  if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
+    raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
+  make_method(config)  # config errors before any data is opened
+  evaluators, sources = make_evaluators(config), open_data(config)
+  known = sources["train"].labels
+  num_classes = int(np.max(known)) + 1 if known is not None and len(known) else 0  # also of classes that no chosen image has
+  train = sources["train"] = labeled_subset(sources["train"], config.data)
   examples = len(train)
   total_steps = config.total.steps(batch_size=config.batch_size, examples=examples)
   if total_steps < 1:
     raise UserError(f"config.total={config.total}: nothing to train.")
-  num_classes = int(np.max(train.labels)) + 1 if train.labels is not None and len(train.labels) else 0
   method = make_method(
     config,
     total_steps=total_steps,
@@ -267,6 +314,13 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     examples=examples,
     abstract_state=abstract,
   )
+
+
+def keep_compiled() -> None:
+  """Compiled functions outlive the process, in JAX_COMPILATION_CACHE_DIR or ~/.cache/big_ssl/jax."""
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/big_ssl/jax"))
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def make_pipeline(config: Config, source: DataSource, inputs: Any, *, mesh: Mesh, stream: str = "", batch_size: int = 0) -> Pipeline:

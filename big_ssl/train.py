@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import signal
 import threading
@@ -12,17 +11,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from big_ssl.core import checkpoint as checkpoint_lib
 from big_ssl.core import health
 from big_ssl.core.checkpoint import Checkpointer
-from big_ssl.core.config import InitFrom
 from big_ssl.core.logger import Logger, peak_flops
-from big_ssl.core.types import TrainState, UserError
-from big_ssl.core.warm_start import warm_start
 from big_ssl.evaluate import Extractor, evaluate, refresh
-from big_ssl.models.adapt import adapt
-from big_ssl.models.layers import Backbone
+from big_ssl.report.write import write_report
 from big_ssl.setup import Run
+from big_ssl.start import start_state
 
 DONE, STOPPED, FAILED = 0, 3, 4
 _MAX_SKIPPED_LOGS = 3  # so many log lines in a row with a skipped step end the run
@@ -49,46 +44,6 @@ class StopRequest:
       flags = multihost_utils.process_allgather(np.int32(self.signal is not None)) if step % 8 == 0 else np.zeros(1)
       return bool(np.max(flags))
     return self.signal is not None
-
-
-def start_from(config: InitFrom, state: TrainState, logger: Logger, *, model: Backbone) -> TrainState:
-  """A fresh state with the weights of an earlier run, adapted to the channels, patches and sizes of `model`."""
-  if not (pathlib.Path(config.path) / "checkpoints").is_dir():
-    public = " First: python -m big_ssl.weights import FILE --to=DIR." if pathlib.Path(config.path).is_file() else ""
-    raise UserError(
-      f"config.init_from.path={config.path!r}: not the work directory of a run; it has no checkpoints/.{public}"
-    )
-  with logger.timer("checkpoint"):
-    earlier = Checkpointer(config.path)
-    saved = earlier.read(config.step)
-    earlier.close()
-  found = warm_start(state, saved, config=config, adapt=functools.partial(adapt, model=model))
-  fresh = ", ".join(found.fresh) or "none"
-  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {fresh}")
-  if found.adapted:
-    logger.notice(f"adapted to config.model and the data: {', '.join(found.adapted)}")
-  return found.state
-
-
-def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainState:
-  """The newest checkpoint, or a fresh state whose first save and restore are exercised before step 1."""
-  with logger.timer("checkpoint"):
-    restored = checkpointer.restore(run.abstract_state, warn=logger.warning)
-  if restored is not None:
-    state, meta = restored
-    run.check_meta(meta, where=str(checkpointer.directory / str(int(state.step))))
-    logger.notice(f"resumed from step {int(state.step)} of {run.total_steps}")
-    return state
-  state = run.initial_state()
-  if run.config.init_from is not None:
-    state = start_from(run.config.init_from, state, logger, model=run.method.model)
-  with logger.timer("checkpoint"):
-    checkpointer.save(state, meta=run.meta())
-    checkpointer.wait()
-    again = checkpointer.restore(run.abstract_state, warn=logger.warning)
-    if again is None or (jax.process_count() == 1 and not checkpoint_lib.equal(again[0], state)):
-      raise UserError(f"{checkpointer.directory}: the first checkpoint does not read back as it was written.")
-  return state
 
 
 def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) -> health.Verdict:
@@ -151,7 +106,9 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
       if skipped_logs >= _MAX_SKIPPED_LOGS or collapsed:
         with logger.timer("checkpoint"):
           checkpointer.close()
-        logger.warning(f"training failed at step {done}: {verdict.message} {verdict.hint} Last good checkpoint: step {saved}.")
+        failure = f"training failed at step {done}: {verdict.message} {verdict.hint} Last good checkpoint: step {saved}."
+        logger.warning(failure)
+        write_report(run, workdir, logger, status="failed", message=failure)
         return FAILED
 
     stopping = stop.reached(done)
@@ -163,12 +120,16 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
       with logger.timer("checkpoint"):
         checkpointer.close()
       logger.notice(f"stopped by {stop.signal or 'another process'} after saving step {done}; run the same command to continue")
+      write_report(run, workdir, logger, status="stopped")
       return STOPPED
 
     due = [name for name, every in eval_every.items() if done % every == 0 or done == total]
     if due:
       with logger.timer("eval"):
         evaluate(run, extract, state, names=due, logger=logger, step=done)
+        write_report(run, workdir, logger, status="training")
+      if done < total:
+        extract.forget()  # its memory is training's again
 
   if start >= total:
     logger.notice(f"already trained for {total} steps; evaluating")
@@ -179,6 +140,9 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
   if problems := run.sources["train"].problems:
     listed = [f"skipped image {name}: {reason}" for name, reason in problems]
     logger.notice("\n".join([*listed, f"{len(problems)} of {run.examples:,} images could not be read and were skipped"]))
+  with logger.timer("eval"):
+    extract.state = state
+    write_report(run, workdir, logger, status="finished", extract=extract)
   return DONE
 
 

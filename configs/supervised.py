@@ -4,9 +4,10 @@
   configs/supervised.py:cifar10    ResNet-18, 200 epochs
   configs/supervised.py:imagenet   ViT-S/16, 90 epochs, batch 1024 (76.5 in the paper with RandAugment and mixup, which are not used here)
   configs/supervised.py:vit22b     ViT-22B/14 on 1,024 devices, to plan with --mode=check
-  configs/supervised.py:finetune_paws  ResNet-50 from a run of configs/paws.py:imagenet, on its 10 % of the labels
 
 The embedded run, seed 0: k-NN 79.2 against 27.5, at least 35 points above its random initialization.
+
+Fine-tuning of any run: configs/finetune.py.
 
 Command: python -m big_ssl.main --config=configs/supervised.py
 """
@@ -17,7 +18,7 @@ from configs import common
 
 
 def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
-  return common.pick("supervised", recipe, sprites, cifar10, imagenet, vit22b, finetune_paws)
+  return common.pick("supervised", recipe, sprites, cifar10, imagenet, vit22b)
 
 
 def sprites() -> dict:
@@ -61,22 +62,4 @@ def vit22b() -> dict:
     model=dict(name="vit22b"),
     optim=dict(name="adamw", lr=1e-3, warmup="10000steps", weight_decay=0.03, clip=1.0),
     mesh=dict(data=-1, fsdp=128, tensor=8),
-  )
-
-
-def finetune_paws() -> dict:
-  """Fine-tuning of PAWS (arXiv 2104.13963, released code): 75.5 with 10 % of the labels after 300 epochs of pretraining.
-
-  The trunk and the first layer of the projection head go on, below a classifier that starts at 0; every weight is trained
-  for 50 epochs of batch 1024 with Nesterov SGD, lr .02 inside the velocity, no decay. The released code reports the best
-  epoch on 12,000 held-out training images, here it is the last. The data are to hold the labeled images only:
-
-  Command: python -m big_ssl.main --config=configs/supervised.py:finetune_paws --data=FOLDER_OF_THE_LABELED_IMAGES
-    --config.init_from.path=runs/paws-imagenet
-  """
-  return common.imagenet_run(total="50epochs", batch_size=1024) | dict(
-    init_from=dict(path="runs/paws-imagenet"),
-    method=dict(name="supervised", hidden_layers=1, zero_init=True),
-    model=dict(name="resnet", depth=50),
-    optim=dict(name="sgd", lr=0.02, schedule="cosine", momentum=0.9, nesterov=True, lr_in_momentum=True),
   )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import inspect
+import json
 import pathlib
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 
 from big_ssl import setup
 from big_ssl.core import config as config_lib
+from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.evaluate import Extractor, refresh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,6 +29,7 @@ SMALL = {
   "data.eval_examples": 40,
   "optim.warmup": "2steps",
   "checkpoint.every": "2steps",
+  "report.pictures": (),
 }
 
 
@@ -63,8 +67,22 @@ def small(name: str, **overrides) -> config_lib.Config:
   return load(name, **SMALL | TINY.get(config.model["name"], {}) | few_labels(config) | few_clusters(config) | small_shards(config) | overrides)
 
 
+def saved(name: str, workdir: pathlib.Path, **overrides) -> setup.Run:
+  """A run of `small` options that was never trained: its config.json and the checkpoint of step 0."""
+  fields = SMALL | TINY["vit"] | overrides
+  config, tree = config_lib.load(str(ROOT / "configs" / f"{name}.py"), {k: str(v) for k, v in fields.items()})
+  run = setup.make_run(config, devices=jax.devices()[:1])
+  checkpointer = Checkpointer(workdir)
+  checkpointer.save(run.initial_state(), meta=run.meta())
+  checkpointer.close()
+  (workdir / "config.json").write_text(json.dumps(tree, default=str))
+  return run
+
+
 def few_labels(config: config_lib.Config) -> dict:
-  """Overrides for a method with a class-balanced support: so few classes and images that a small world of sprites has them."""
+  """Overrides for a class-balanced support, or few labels: so few classes and images that a small world of sprites has them."""
+  if config.data.labels_per_class:
+    return {"data.labels_per_class": 1}
   if "classes_per_step" not in config.method:
     return {}
   return {
@@ -90,20 +108,49 @@ def small_shards(config: config_lib.Config) -> dict:
   return small if "shard_size" in config.method else {}
 
 
+class _Compiled:
+  """A run with its steps, compiled once for all tests that ask for the same config and devices in turn."""
+
+  def __init__(self, config: config_lib.Config, devices: int):
+    self.run = setup.make_run(config, devices=jax.devices()[:devices])
+    shapes = (self.run.abstract_state, self.run.raw_spec(), jax.tree.map(_shape, self.run.resident))
+    with jax.set_mesh(self.run.mesh):
+      lower = lambda patch: self.run.jit_step(patch).lower(*shapes)
+      # Half the time of the usual optimization; what is compared was compiled alike.
+      self.steps = {patch: lower(patch).compile({"xla_backend_optimization_level": 0}) for patch in self.run.methods}
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+_COMPILED: collections.OrderedDict[str, _Compiled] = collections.OrderedDict()
+
+
+def compiled(config: config_lib.Config, *, devices: int = 1) -> _Compiled:
+  """The last few are kept."""
+  key = f"{devices} {config}"
+  if key not in _COMPILED:
+    _COMPILED[key] = _Compiled(config, devices)
+    if len(_COMPILED) > 4:
+      _COMPILED.popitem(last=False)
+  return _COMPILED[key]
+
+
 def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop: int | None = None):
   """Runs the real step from `state` (fresh when None) to `stop`; returns the state and the metrics of every step."""
-  run = setup.make_run(config, devices=jax.devices()[:devices])
+  made = compiled(config, devices=devices)
+  run = made.run
   state = run.initial_state() if state is None else state
   stop = run.total_steps if stop is None else stop
   history, extract = [], Extractor(run)
   with jax.set_mesh(run.mesh):
-    step_fns = {patch: run.jit_step(patch) for patch in run.methods}
     step = start = int(state.step)
     while step < stop:
       if step in run.method.refresh_steps():
         state, _ = refresh(run, extract, state)
       for raw in run.batches(step, min(run.boundary_after(step), stop), state.extra):
-        state, metrics = step_fns[run.patch_at(start + len(history))](state, raw, run.resident)
+        state, metrics = made.steps[run.patch_at(start + len(history))](state, raw, run.resident)
         history.append({k: float(v) for k, v in metrics.items()})
       step = start + len(history)
   return state, history

@@ -28,6 +28,19 @@ def test_the_input_path_is_timed_beside_pillow(tmp_path):
   )
 
 
+def test_a_search_is_timed_beside_a_matmul_and_its_memory_is_planned(tmp_path):
+  found = run(tmp_path, "eval", "--queries=100", "--bank=3000", "--dim=16", "--k=5")
+  gflops = 2 * 100 * 3000 * 16 / found["k-NN s"] / 1e9
+  assert found["k-NN GFLOP/s"] == pytest.approx(gflops) and found["k-NN"] == "100 x 3000 x 16, k=5"
+  assert found["share of the matmul"] == pytest.approx(gflops / found["matmul GFLOP/s (float32, highest)"])
+  assert found["peak memory of the process MiB"] > found["planned memory per device MiB"] > 3000 * 16 * 4 / 8 / 2**20
+
+
+def test_a_bank_with_fewer_rows_than_neighbors_is_one_clear_line(capsys):
+  assert main(["eval", "--bank=10", "--k=11"]) == 2
+  assert "--k=11: more neighbors than the 10 rows of --bank." in capsys.readouterr().err
+
+
 def test_a_field_that_is_none_is_one_clear_line(capsys):
   assert main(["model", '--fields={"widht": 3}']) == 2
   assert "--fields.widht=3: unknown key. Did you mean 'width'?" in capsys.readouterr().err

@@ -50,6 +50,7 @@ def final_state(workdir):
 class Uninterrupted:
   losses: dict[int, float]
   state: object
+  workdir: pathlib.Path
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,15 @@ def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole")
   done = run(workdir, "--config.total=40steps")
   assert done.returncode == 0, done.stdout + done.stderr
-  return Uninterrupted(losses(workdir), final_state(workdir))
+  return Uninterrupted(losses(workdir), final_state(workdir), workdir)
+
+
+def test_a_finished_run_leaves_its_report(uninterrupted):
+  text = (uninterrupted.workdir / "report.html").read_text()
+  facts = json.loads((uninterrupted.workdir / "run.json").read_text())
+  assert "<h1>MSN, 40 steps on sprites (40 images): k-NN " in text
+  assert facts["status"] == "finished" and facts["command"].startswith("python -m big_ssl.main --config=configs/msn.py")
+  assert facts["data"]["train"]["count"] == 40 and len(facts["sessions"]) == 1 and sum(facts["sessions"][0]["seconds"].values()) > 0
 
 
 def assert_continues_as_if_never_stopped(workdir, uninterrupted):
@@ -201,6 +210,12 @@ def test_eval_extract_and_check_read_the_checkpoint(tmp_path):
   done = run(tmp_path, "--mode=eval")
   assert done.returncode == 0 and "knn" in done.stdout, done.stdout + done.stderr
   assert sorted((tmp_path / "metrics.jsonl").read_text().splitlines()) == sorted(before.splitlines())
+  other = run(tmp_path / "other", "--mode=eval", f"--config.init_from.path={tmp_path}")  # as an imported file is evaluated
+  assert other.returncode == 0, other.stderr
+  of = lambda directory: {k: v for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()) for k, v in row.items()}
+  assert {k: v for k, v in of(tmp_path).items() if k.startswith("knn/")}.items() <= of(tmp_path / "other").items()
+  nothing = run(tmp_path / "nothing", "--mode=eval")
+  assert nothing.returncode == 2 and "no checkpoint in it; --config.init_from.path=DIR reads" in nothing.stderr
   assert run(tmp_path, "--mode=extract").returncode == 0
   with np.load(tmp_path / "features_eval.npz") as z:
     assert z["features"].shape == (40, 24) and z["labels"].shape == (40,)

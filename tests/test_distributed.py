@@ -1,5 +1,6 @@
 """Two processes of two devices equal one process of four."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 
 import engine
+import numpy as np
 
 CODE = textwrap.dedent(
   """
@@ -19,13 +21,28 @@ CODE = textwrap.dedent(
     sharding.start_processes(f"localhost:{port}", num_processes=count, process_id=index, timeout_s=60)
     sharding.check_topology(sys.argv[5] if len(sys.argv) > 5 else "same")
   import engine, pathlib
-  from big_ssl import setup, train
+  import numpy as np
+  from jax.experimental import multihost_utils
+  from big_ssl import setup, start, train
   from big_ssl.core.logger import Logger
-  run = setup.make_run(engine.small("msn"))
+  from big_ssl.evaluate import keeping_extractor
+  images = {"data.train_examples": 120, "data.eval_examples": 37, "report.pictures": (),
+            "evals.lowshot": {"images_per_class": 1, "splits": 2}}
+  run = setup.make_run(engine.small("msn", **images))
   logger = Logger(pathlib.Path(workdir), total_steps=run.total_steps, examples_per_epoch=run.examples, batch_size=16,
                   write=index == 0, terminal=False)
   code = train.train(run, pathlib.Path(workdir), logger)
   logger.close()
+  state, said = start.saved_state(run, pathlib.Path(workdir), logger), []
+  for _ in range(2):
+    extract = keeping_extractor(run, pathlib.Path(workdir), notice=said.append)
+    extract.state = state
+    features = extract("eval").features
+    if count > 1:
+      multihost_utils.sync_global_devices("written")
+  assert len(said) == 1 and "read from" in said[0], said
+  if index == 0:
+    np.save(pathlib.Path(workdir) / "eval.npy", features)
   sys.exit(code)
   """
 )
@@ -47,6 +64,11 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
+def evaluations(workdir) -> dict[str, float]:
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
+
+
 def test_two_processes_equal_one_including_save_and_restore(tmp_path):
   from test_cli import losses
 
@@ -58,6 +80,11 @@ def test_two_processes_equal_one_including_save_and_restore(tmp_path):
   assert one.keys() == two.keys() and len(one) == 6
   assert all(abs(one[s] - two[s]) <= 1e-5 * abs(one[s]) for s in one), (one, two)
   assert (tmp_path / "two" / "checkpoints" / "6").is_dir()
+  found = [np.load(tmp_path / name / "eval.npy") for name in ("one", "two")]  # 37 images in batches of 16
+  assert found[0].shape == (37, 24)
+  np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4)
+  scores = [evaluations(tmp_path / name) for name in ("one", "two")]
+  assert {k.split("/")[1] for k in scores[0]} == {"knn", "linear", "lowshot"} and scores[0] == scores[1]
 
 
 def test_a_process_with_another_config_is_named(tmp_path):

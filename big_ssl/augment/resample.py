@@ -27,7 +27,8 @@ def cut(
 
   Args:
     canvas: [B, Hc, Wc, C] uint8, uint16 (full scale is 1), or float in [0, 1]; the image is at the top left.
-    box: [B, V, 4] float32: y0, x0, height, width in pixels of the canvas, inside the image. Without `sizes`, no pixel
+    box: [B, V, 4] float32: y0, x0, height, width in pixels of the canvas, inside the image (with `sizes` it may reach
+      beyond, where the view is black). Without `sizes`, no pixel
       outside the box is read, so the padding of the canvas never is.
     flip: [B, V] bool.
     size: output side, or (height, width).

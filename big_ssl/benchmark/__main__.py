@@ -5,6 +5,8 @@
   step    the training step of a small ViT, beside the same step in PyTorch where torch is installed
   model   images per second and the share of the device's peak of a backbone's forward and backward pass, its compilation
           with and without scanned layers, beside timm's where torch and timm are installed
+  eval    exact k-NN of 50,000 queries against a bank of 1.28M x 384 (synthetic): time, memory, and its share of the
+          speed of a plain matrix product
   costs   parameters, FLOPs and activation bytes of every variant, computed and not measured
 """
 
@@ -19,7 +21,7 @@ import sys
 
 from big_ssl.core.types import UserError
 
-_WHAT = ("input", "step", "model", "costs")
+_WHAT = ("input", "step", "model", "eval", "costs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--size", type=int, default=224, help="model, costs: side of the images")
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--canvas", type=int, default=512)
+  parser.add_argument("--queries", type=int, default=50_000, help="eval: queries of the k-NN")
+  parser.add_argument("--bank", type=int, default=1_281_167, help="eval: features that are searched")
+  parser.add_argument("--dim", type=int, default=384, help="eval: dimensions of a feature")
+  parser.add_argument("--k", type=int, default=20, help="eval: neighbors")
   parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
   parser.add_argument("--json", default="", help="also write the numbers here")
   args = parser.parse_args(argv)

@@ -97,8 +97,18 @@ class Checkpointer:
     older = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]  # the manager also lists what it is writing
     return f"the checkpoint of step {max(older)} is intact" if older else "no earlier checkpoint exists"
 
-  def restore(self, abstract: TrainState, *, step: int | None = None, warn: Callable[[str], None] = print) -> tuple[TrainState, dict] | None:
+  def restore(
+    self,
+    abstract: TrainState,
+    *,
+    step: int | None = None,
+    warn: Callable[[str], None] = print,
+    check: Callable[[dict[str, Any], str], None] = lambda record, where: None,
+  ) -> tuple[TrainState, dict] | None:
     """The newest readable state, placed as the shardings of `abstract` say, and its record; None when there is none.
+
+    Args:
+      check: is given the record and the directory before the arrays are read, and may raise `UserError`.
 
     Raises:
       UserError: the checkpoint is of another tree, or the asked `step` does not exist.
@@ -109,6 +119,7 @@ class Checkpointer:
     for candidate in [step] if step is not None else reversed(steps):
       try:
         record = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        check(record, str(self.directory / str(candidate)))
         compare(record["tree"], signature(abstract), where=str(self.directory / str(candidate)))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._manager.restore(candidate, args=args)["state"]

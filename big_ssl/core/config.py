@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from big_ssl.core.health import HealthConfig
+from big_ssl.core.report_config import ReportConfig
 from big_ssl.core.types import Interval, Rule, UserError, nearest
 
 
@@ -38,6 +39,10 @@ class DataConfig:
       accelerator, and "host" on CPU, where the device's work is the host's.
     threads, prefetch: decoding threads (0: one per core) and batches in flight.
     train_examples, eval_examples, image_size: size of the `sprites` world; eval_examples also caps other sources (0: all).
+    labels_per_class, labels_share: train, and evaluate what is fitted on training images, on so many labeled images of each
+      class, or on this share of each (at least one), alone; 0 is all. An epoch is one of these.
+    labels_seed: of their draw; the run's seed has no part in it.
+    labels_file: instead, a list of the images as for `core.method.ClassBalanced`.
   """
 
   source: str = "sprites"
@@ -51,6 +56,10 @@ class DataConfig:
   train_examples: int = 8192
   eval_examples: int = 0
   image_size: int = 48
+  labels_per_class: int = 0
+  labels_share: float = 0.0
+  labels_seed: int = 0
+  labels_file: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,7 @@ class OptimConfig:
   Attributes:
     lr: peak learning rate; with lr_scale "linear" it is multiplied by batch/256, with "sqrt" by sqrt(batch).
     schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, then by a cosine to final_lr;
-      "step" multiplies by `decay_factor` at each of `milestones`.
+      "step" multiplies by `decay_factor` at each of `milestones`; "poly" goes to final_lr by (1 - share done)^`poly_power`.
     warmup_inclusive: the warm-up includes both ends, as numpy's linspace (DINO, SwAV): its last update has the peak already.
     schedule_every: the curves of the learning rate and the weight decay move only so often, such as "1epochs" (MoCo v2).
     stretch: the curves (learning rate, weight decay and the method's own) are laid over stretch * total steps.
@@ -71,17 +80,20 @@ class OptimConfig:
     accumulate: microbatches per update, for methods whose loss is a mean over examples.
     clip: largest gradient norm, 0 off; clip_by "global" takes one norm, "tensor" one per parameter tensor,
       where query, key and value of an attention are one.
+    layer_decay: in (0, 1]; the learning rate of a layer of the backbone is this times that of the next one, the head has
+      all of it (`core/layer_decay.py`); 1 is off.
     rules: parameter rules that come before the method's own.
   """
 
   name: Literal["adamw", "sgd", "lars", "larc"] = "adamw"
   lr: float = 1e-3
   lr_scale: Literal["none", "linear", "sqrt"] = "none"
-  schedule: Literal["constant", "cosine", "warmup_cosine", "step"] = "warmup_cosine"
+  schedule: Literal["constant", "cosine", "warmup_cosine", "step", "poly"] = "warmup_cosine"
   warmup: Interval = Interval(0, "steps")
   warmup_inclusive: bool = False
   milestones: tuple[Interval, ...] = ()
   decay_factor: float = 0.1
+  poly_power: float = 0.9
   schedule_every: Interval | None = None
   start_lr: float = 0.0
   final_lr: float = 0.0
@@ -99,7 +111,12 @@ class OptimConfig:
   clip: float = 0.0
   clip_by: Literal["global", "tensor"] = "global"
   accumulate: int = 1
+  layer_decay: float = 1.0
   rules: tuple[Rule, ...] = ()
+
+  def __post_init__(self):
+    if not 0 < self.layer_decay <= 1:
+      raise UserError(f"config.optim.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 is off.")
 
 
 # Of attention and MLP: by heads and hidden channels on the way in, and on the way out, so that a block has one reduction
@@ -125,11 +142,20 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When to save and what to keep: the last `keep_last`, and for good every `keep_every`."""
+  """When to save and what to keep: the last `keep_last`, and for good every `keep_every`.
+
+  `features_gib` is the most that --mode=eval and the suite keep in <workdir>/features, of the last checkpoint that they
+  read, so that its images are not seen again; 0 keeps none.
+  """
 
   every: Interval = Interval(10, "epochs")
   keep_last: int = 2
   keep_every: Interval | None = None
+  features_gib: float = 16.0
+
+  def __post_init__(self):
+    if self.features_gib < 0:
+      raise UserError(f"config.checkpoint.features_gib={self.features_gib}: expected a size, or 0 to keep none.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +195,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   health: HealthConfig = HealthConfig()
+  report: ReportConfig = ReportConfig()
   init_from: InitFrom | None = None
 
   def __post_init__(self):
@@ -183,7 +210,26 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[Config,
 
   Returns the typed config and the plain nested dict it was built from, which is what `config.json` records.
   """
-  tree = _run_file(spec)
+  return _overridden(_run_file(spec), overrides)
+
+
+def read(workdir: pathlib.Path, overrides: Mapping[str, str] | None = None) -> tuple[Config, dict]:
+  """As `load`, from the config.json that a run left in its work directory.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  file = workdir / "config.json"
+  try:
+    tree = _plain(json.loads(file.read_text()))
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir}: no config.json in it; expected the work directory of a run.") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{file}: cannot be read: {error}") from None
+  return _overridden(tree, overrides)
+
+
+def _overridden(tree: dict, overrides: Mapping[str, str] | None) -> tuple[Config, dict]:
   for path, text in (overrides or {}).items():
     _set(tree, path.split("."), _literal(text), path)
   return build(Config, tree, path="config"), tree

@@ -65,6 +65,7 @@ class Logger:
     self._seconds = dict.fromkeys(PARTS, 0.0)
     self._stack = ["other"]
     self._mark = self._start = time.perf_counter()
+    self.started = time.time()
     self._last: dict[str, float] = dict(self._seconds)
     self._resumed: dict[str, float] = dict(self._seconds)
     self._first_step = self._last_step = 0

@@ -38,8 +38,10 @@ class View:
     count: how many independent copies are drawn per image.
     crop: how the box is chosen: "random_resized" as torchvision's RandomResizedCrop (10 tries, then a clamped
       center crop); "clipped" one draw, its sides clipped to the image (BYOL); "center" the largest box of the output's
-      aspect, shrunk by `center_fraction`; "none" the whole image, squashed.
-    scale: range of the crop's share of the image area.
+      aspect, shrunk by `center_fraction`; "none" the whole image, squashed; "scaled" the output's pixels of the image
+      resized, its shorter side to that of the output / `center_fraction` times a factor out of `scale`; the place is
+      drawn, and what the image does not fill is black on the right and at the bottom (on the left where flipped).
+    scale: range of the crop's share of the image area; for "scaled" of the factor.
     ratio: range of the crop's width/height, drawn log-uniformly.
     flip: probability of a left-right flip.
     interpolation: "bilinear" or "bicubic".
@@ -58,7 +60,7 @@ class View:
   name: str
   size: Size
   count: int = 1
-  crop: Literal["random_resized", "clipped", "center", "none"] = "random_resized"
+  crop: Literal["random_resized", "clipped", "center", "none", "scaled"] = "random_resized"
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.5
@@ -117,12 +119,16 @@ class ClassBalanced:
 class Inputs:
   """What one stream of batches holds: views of images, and the extra keys (`label`, `mask`, ...) that come along.
 
+  "mask" is [B, H, W], the class of every pixel of the image as decoded: its height and width are `batch["size"]` of a view
+  with `return_box`, and 255 lies around it.
+
   `batch["index"]` [B] int32 is always there.
   """
 
   views: tuple[View, ...]
   source: str = "train"
   keys: tuple[str, ...] = ()
+  mask_labels: tuple[int, ...] = ()  # all that may be in a mask besides 255; () is any
   sampler: Shuffle | Sequential | ClassBalanced = Shuffle()
 
   def __post_init__(self):
@@ -153,8 +159,8 @@ def _check_like(view: View, views: Mapping[str, View]) -> None:
   if different or view.count > other.count:
     name = different[0] if different else "count"
     raise UserError(f"{where}: has {name}={getattr(view, name)!r}, that one {getattr(other, name)!r}; their boxes would differ.")
-  if view.crop == "center" or view.packing:
-    raise UserError(f"{where}: boxes of center and packed crops depend on the size; expected a drawn crop, or 'none'.")
+  if view.crop in ("center", "scaled") or view.packing:
+    raise UserError(f"{where}: boxes of scaled, center and packed crops depend on the size; expected a drawn crop, or 'none'.")
 
 
 class Extract(Protocol):
@@ -257,6 +263,10 @@ class Method(abc.ABC):
   @abc.abstractmethod
   def features(self, params: Params, extra: Extra, batch: dict[str, Array]) -> dict[str, Array]:
     """Evaluation features of `batch["image"]` [B, 1, H, W, C]; "pooled" [B, D] always. Which tree is evaluated is decided here."""
+
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array | None:
+    """Scores [B, K] of `batch["image"]` for the prototypes, clusters or classes of the (first) head; None without any."""
+    return self.features(params, extra, batch).get("logits")
 
   def trunk(self, params: Params, extra: Extra) -> Trunk:
     """The backbone under `features`, for evaluators that read tokens, attention or other image sizes; the student's here."""

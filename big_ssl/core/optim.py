@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from big_ssl.core import schedules
+from big_ssl.core import layer_decay, schedules
 from big_ssl.core.config import OptimConfig
 from big_ssl.core.types import Array, Interval, Params, PyTree, Rule, UserError
 
@@ -77,6 +77,13 @@ def match_rules(params: Params, rules: tuple[Rule, ...], *, batch_size: int, exa
   return tuple(table)
 
 
+def decay_layers(tensors: tuple[Tensor, ...], *, decay: float) -> tuple[Tensor, ...]:
+  """The tensors with `layer_decay.factors` on their learning rates, on top of what their rules say."""
+  found = layer_decay.factors([t.path for t in tensors], shapes=[t.shape for t in tensors], decay=decay)
+  slower = lambda t, factor: dataclasses.replace(t, rule=dataclasses.replace(t.rule, lr_mult=t.rule.lr_mult * factor))
+  return tuple(slower(t, factor) for t, factor in zip(tensors, found, strict=True))
+
+
 def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, examples: int) -> Callable[[Array], Array]:
   """The scheduled learning rate as a function of the step."""
   factor = {"none": 1.0, "linear": batch_size / 256, "sqrt": batch_size**0.5}[config.lr_scale]
@@ -87,6 +94,10 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, exa
   if config.schedule == "step":
     boundaries = [m.steps(batch_size=batch_size, examples=examples) for m in config.milestones]
     return lambda step: schedules.staircase(clock(step), start=config.lr * factor, boundaries=boundaries, factor=config.decay_factor)
+  if config.schedule == "poly":
+    ends = {"start": config.lr * factor, "final": config.final_lr * factor}
+    total = int(total_steps * config.stretch)
+    return lambda step: schedules.poly(clock(step), **ends, power=config.poly_power, total=total)
   if config.schedule == "warmup_cosine" and warmup >= total_steps * config.stretch:
     raise UserError(f"config.optim.warmup={config.warmup}: {warmup} steps, but the schedule ends after {int(total_steps * config.stretch)}.")
   return lambda step: schedules.warmup_cosine(
@@ -137,6 +148,8 @@ def make_optimizer(
     until = freeze_backbone.steps(batch_size=batch_size, examples=examples)
     longer = lambda t: dataclasses.replace(t, freeze_steps=max(t.freeze_steps, until))
     tensors = tuple(longer(t) if "backbone" in t.path.split("/") else t for t in tensors)
+  if config.layer_decay != 1:
+    tensors = decay_layers(tensors, decay=config.layer_decay)
   lr_curve = learning_rate(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
   wd_curve = weight_decay(config, total_steps=total_steps, batch_size=batch_size, examples=examples)
   update = _adamw if config.name == "adamw" else _momentum

@@ -52,7 +52,7 @@ def axis_weights(
     xp: numpy or jax.numpy.
     flip: [...] bool, reverses the samples.
     limit: [...] pixels of the axis that belong to the image; given, the kernel sees all of them, as when the whole
-      image is resized and the crop cut afterwards (evaluation).
+      image is resized and the crop cut afterwards (evaluation), and the crop may reach beyond them: rows there are 0.
     samples: [...] how many of the `size` samples the crop becomes, from 1 on; the rest of the rows is 0. None is all.
     antialias: False never stretches the kernel: tf.image.resize without antialiasing, half-pixel centers.
 
@@ -85,5 +85,10 @@ def axis_weights(
     distance = distance / xp.maximum(scale, 1.0)[..., None]
   kernel = _triangle if interpolation == "bilinear" else _cubic
   weights = kernel(distance, xp) * inside[..., None, :]
-  weights = weights / weights.sum(-1, keepdims=True)
+  total = weights.sum(-1, keepdims=True)
+  if limit is not None:
+    edge = xp.asarray(limit, xp.float32)[..., None, None]
+    weights = weights * ((center >= 0) & (center < edge))
+    total = xp.where(total == 0, 1.0, total)  # far outside no pixel is near
+  weights = weights / total
   return (weights if samples is None else xp.where(beyond[..., None], 0.0, weights)).astype(xp.float32)

@@ -48,6 +48,11 @@ def warmup_cosine(
   return xp.where(step < warmup, up, down)
 
 
+def poly(step: Number, *, start: float, final: float, power: float, total: float, xp: ModuleType = jnp) -> Number:
+  """final + (start - final) (1 - step / total)^power, constant after `total`."""
+  return final + (start - final) * _share(total - step, total, xp) ** power
+
+
 def staircase(step: Number, *, start: float, boundaries: Sequence[int], factor: float, xp: ModuleType = jnp) -> Number:
   """start * factor^n, n the number of `boundaries` that `step` has reached."""
   reached = sum((xp.asarray(step >= b, dtype=xp.float32) for b in boundaries), xp.zeros(()))

@@ -44,7 +44,7 @@ def prepare(inputs: Inputs, raw: dict[str, Array], resident: Array | None, key: 
       cut[view.name] = pixels.astype(jnp.float32) / jnp.iinfo(pixels.dtype).max
     else:
       boxes, flips = raw[f"{view.name}/box"], raw[f"{view.name}/flip"]
-      whole = view.crop == "center"  # the filter reads around the crop, as "resize, then cut" does
+      whole = view.crop in ("center", "scaled")  # the filter reads around the crop, as "resize, then cut" does
       sizes = _sizes(raw, canvas) if whole else None
       kwargs = {"interpolation": view.interpolation, "antialias": view.antialias}
       extent = plans[view.name]["extent"][:, None] * view.packing.patch if view.packing else None

@@ -1,65 +1,115 @@
-"""Class-balanced batches of labeled images: which images count as labeled, and which of them a step takes."""
+"""Which images count as labeled, training on these alone, and class-balanced batches of them."""
 
 from __future__ import annotations
 
 import collections
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from big_ssl.core.method import ClassBalanced
 from big_ssl.core.types import UserError, nearest
 from big_ssl.data.plan import permute, uniforms
+from big_ssl.data.source import DataSource, Subset
 
 _SHOWN = 3  # unknown names that a message lists
 
 
+class Choice(Protocol):
+  """Fields that say which images count as labeled: those of `ClassBalanced`, and of the config's `data`."""
+
+  labels_per_class: int
+  labels_seed: int
+  labels_file: str
+
+
 def labeled_rows(
-  sampler: ClassBalanced, labels: np.ndarray | None, *, name: Callable[[int], str], class_names: Sequence[str] = ()
+  choice: Choice,
+  labels: np.ndarray | None,
+  *,
+  name: Callable[[int], str],
+  class_names: Sequence[str] = (),
+  share: float = 0.0,
+  path: str = "config.method",
+  user: str = "config.method.classes_per_step",
 ) -> np.ndarray:
-  """The images whose label training may use, ascending: a function of the sampler and the data, not of the run.
+  """The images whose label training may use, ascending: a function of the choice and the data, not of the run.
 
   Args:
-    sampler: says which.
+    choice: says which.
     labels: [N] int32, -1 for none; None where the data has no labels.
     name: of an image, as `DataSource.name`.
     class_names: for messages, or ().
+    share: of every class, rounded, at least one image, in place of `labels_per_class`; 0 is none.
+    path, user: of the fields and of what needs them, for messages.
 
   Raises:
     UserError: no labels at all, a file that cannot be used, names that the source does not have, images without a label,
       or a class with fewer images than `labels_per_class`.
   """
   if labels is None or not np.any(labels >= 0):
-    raise UserError("config.data.source: the data has no labels, which config.method.classes_per_step draws from.")
-  if sampler.labels_file and sampler.labels_per_class:
-    raise UserError(
-      f"config.method.labels_per_class={sampler.labels_per_class}: not with config.method.labels_file; set it to 0."
-    )
-  if sampler.labels_file:
-    return _listed(sampler.labels_file, labels, name)
-  if sampler.labels_per_class < 0:
-    raise UserError(f"config.method.labels_per_class={sampler.labels_per_class}: expected a number, or 0 for all.")
+    raise UserError(f"config.data.source: the data has no labels, which {user} draws from.")
+  if choice.labels_file and choice.labels_per_class:
+    raise UserError(f"{path}.labels_per_class={choice.labels_per_class}: not with {path}.labels_file; set it to 0.")
+  if choice.labels_file:
+    return _listed(f"{path}.labels_file={choice.labels_file!r}", choice.labels_file, labels, name)
+  if choice.labels_per_class < 0:
+    raise UserError(f"{path}.labels_per_class={choice.labels_per_class}: expected a number, or 0 for all.")
   rows = np.flatnonzero(labels >= 0)
-  if not sampler.labels_per_class:
+  if not choice.labels_per_class and not share:
     return rows
-  draw = uniforms(sampler.labels_seed, "labeled", rows, 1)[:, 0]
+  draw = uniforms(choice.labels_seed, "labeled", rows, 1)[:, 0]
   order = rows[np.lexsort((draw, labels[rows]))]  # class by class, shuffled inside
   counts = np.bincount(labels[order])
   for k in np.unique(labels[order]):
-    if counts[k] < sampler.labels_per_class:
-      field = f"config.method.labels_per_class={sampler.labels_per_class}"
+    if counts[k] < choice.labels_per_class:
+      field = f"{path}.labels_per_class={choice.labels_per_class}"
       raise UserError(f"{field}: {_class(k, class_names)} has only {counts[k]} labeled images.")
+  wanted = np.maximum(np.rint(share * counts), 1) if share else np.full(len(counts), choice.labels_per_class)
   rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[labels[order]]
-  return np.sort(order[rank < sampler.labels_per_class])
+  return np.sort(order[rank < wanted[labels[order]]])
+
+
+class DataChoice(Choice, Protocol):
+  """The fields of the config's `data` that choose the images to train on."""
+
+  labels_share: float
+
+
+def labeled_subset(source: DataSource, choice: DataChoice) -> DataSource:
+  """The training images that `config.data` chooses by their labels; the source itself where it chooses none.
+
+  Raises:
+    UserError: as `labeled_rows`; a share outside [0, 1]; two choices at once.
+  """
+  names = ("labels_per_class", "labels_share", "labels_file")
+  given = [f"config.data.{n}={getattr(choice, n)!r}" for n in names if getattr(choice, n)]
+  if not given:
+    return source
+  if len(given) > 1:
+    raise UserError(f"{given[0]}: not with {given[1]}; choose one.")
+  if not 0 <= choice.labels_share <= 1:
+    raise UserError(f"{given[0]}: expected a share in [0, 1], such as 0.01; 0 is all.")
+  rows = labeled_rows(
+    choice,
+    source.labels,
+    name=source.name,
+    class_names=source.class_names,
+    share=choice.labels_share,
+    path="config.data",
+    user=given[0],
+  )
+  return Subset(source, rows, name=f"{source.describe()['name']}, {len(rows)} of {len(source)} by label", hashed=True)
 
 
 def _class(label: int, class_names: Sequence[str]) -> str:
   return f"class {label} ('{class_names[label]}')" if label < len(class_names) else f"class {label}"
 
 
-def _listed(file: str, labels: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
-  field, path = f"config.method.labels_file={file!r}", pathlib.Path(file).expanduser()
+def _listed(field: str, file: str, labels: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+  path = pathlib.Path(file).expanduser()
   if not path.is_file():
     siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{field}: no such file.{nearest(str(path), siblings)}")

@@ -26,7 +26,8 @@ _MAX_REPLACEMENTS = 32  # bad images in a row before the source is given up
 class Pipeline:
   """One stream of batches over a source; `batch(step)` and `iterate` give the same.
 
-  A raw batch holds, for the b rows of this process, "index" int32 [b], the requested keys, and of every view v one of
+  A raw batch holds, for the b rows of this process, "index" int32 [b], the requested keys ("mask" is that of the canvas,
+  255 around the image, or of the resident image), and of every view v one of
 
     crop="device": v + "/box" float32 [b, count, 4] (y0, x0, height, width in pixels), v + "/flip" bool [b, count];
       with "canvas" uint8 [b, S, S, C] and "size" int32 [b, 2], unless `resident` holds the images of the source, which
@@ -61,12 +62,14 @@ class Pipeline:
     self.resident = source.images if crop == "device" else None
     self._extras = {"label": source.labels} | source.extras
     for key in inputs.keys:
-      if self._extras.get(key) is None:
+      if self._extras.get(key) is None and not (key == "mask" and source.has_masks):
         have = [k for k, v in self._extras.items() if v is not None]
         raise UserError(
           f"config.data.source: {source.describe()['name']} has no '{key}', which the method needs;"
           f" it has {', '.join(have) or 'images only'}."
         )
+    if "mask" in inputs.keys and self.resident is not None:
+      self._check_mask(self._extras["mask"], "its masks hold")
     self._balanced = self._balance(inputs.sampler) if isinstance(inputs.sampler, ClassBalanced) else None
 
   @property
@@ -98,7 +101,8 @@ class Pipeline:
   ) -> dict[str, np.ndarray]:
     batch: dict[str, np.ndarray] = {"index": used.astype(np.int32)}
     for key in self._inputs.keys:
-      batch[key] = np.asarray(self._extras[key])[used]
+      placed = key == "mask" and self.resident is None
+      batch[key] = self._masks(used, sizes) if placed else np.asarray(self._extras[key])[used]
     if isinstance(self._inputs.sampler, Sequential):
       batch["valid"] = (positions < len(self._source)) & (wanted == used)
     for view in self._inputs.views:
@@ -111,6 +115,28 @@ class Pipeline:
     if self.resident is None and self._crop == "device" or any(v.return_box for v in self._inputs.views):
       batch["size"] = sizes.astype(np.int32)
     return batch | pixels
+
+  def _masks(self, used: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """uint8 [b, S, S]: masks where the images are on the canvas, shrunk to the nearest pixel as these are, 255 around them."""
+    out = np.full((len(used), self._canvas, self._canvas), 255, np.uint8)
+    for row, index, (height, width) in zip(out, used.tolist(), sizes.tolist(), strict=True):
+      try:
+        mask = self._source.mask(index)
+      except BadImage as error:  # its pixels count for nothing
+        self._source.report(index, f"mask: {error}")
+        continue
+      self._check_mask(mask, f"the mask of {self._source.name(index)} holds")
+      rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, (height, width), strict=True))
+      row[:height, :width] = mask[rows[:, None], columns]
+    return out
+
+  def _check_mask(self, mask: np.ndarray, what: str) -> None:
+    allowed = {*(self._inputs.mask_labels or range(255)), 255}
+    strange = set(np.unique(mask).tolist()) - allowed
+    if strange:
+      expected = f"{len(allowed)} labels, {', '.join(map(str, sorted(allowed)))[:60]}"
+      name = self._source.describe()["name"]
+      raise UserError(f"{name}: {what} the label {max(strange)}; expected one of {expected} (config.method.classes, ignore).")
 
   # Pixels
 
@@ -142,7 +168,7 @@ class Pipeline:
     for view in self._inputs.views:
       boxes = plan.boxes(view, sizes, seed=self._seed, positions=np.array([position]))
       box, flip = boxes.box[0], boxes.flip[0]
-      limit = (height, width) if view.crop == "center" else (None, None)
+      limit = (height, width) if view.crop in ("center", "scaled") else (None, None)
       kwargs: dict[str, Any] = {"interpolation": view.interpolation, "antialias": view.antialias, "xp": np}
       rows = axis_weights(box[:, 0], box[:, 2], size=view.shape[0], canvas=height, limit=limit[0], **kwargs)
       columns = axis_weights(
@@ -182,6 +208,9 @@ class Pipeline:
     b, views = self._batch_size, self._inputs.views
     out: dict[str, np.ndarray] = {"index": np.zeros(b, np.int32)}
     for key in self._inputs.keys:
+      if key == "mask" and self.resident is None:
+        out[key] = np.zeros((b, self._canvas, self._canvas), np.uint8)
+        continue
       values = np.asarray(self._extras[key])
       out[key] = np.zeros((b, *values.shape[1:]), values.dtype)
     if isinstance(self._inputs.sampler, Sequential):

@@ -156,7 +156,8 @@ class Boxes:
   """The geometry of one view.
 
   Attributes:
-    box: [B, count, 4] float32: y0, x0, height, width in pixels of the image; inside it, at least one pixel long.
+    box: [B, count, 4] float32: y0, x0, height, width in pixels of the image; inside it, at least one pixel long. Those of
+      "scaled" may end outside of it.
     flip: [B, count] bool.
   """
 
@@ -184,11 +185,13 @@ def boxes(view: View, sizes: np.ndarray, *, seed: int, positions: np.ndarray) ->
     box = _clipped(view, sizes, draws)
   elif view.crop == "center":
     box = np.broadcast_to(_center(view, sizes)[:, None], (len(positions), view.count, 4))
+  elif view.crop == "scaled":
+    box = _scaled(view, sizes, draws)
   elif view.crop == "none":
     whole = np.concatenate([np.zeros_like(sizes), sizes], -1)
     box = np.broadcast_to(whole[:, None], (len(positions), view.count, 4))
   else:
-    raise UserError(f"view '{view.name}': crop={view.crop!r}; expected 'random_resized', 'clipped', 'center' or 'none'.")
+    raise UserError(f"view '{view.name}': crop={view.crop!r}; expected 'random_resized', 'clipped', 'center', 'none' or 'scaled'.")
   return Boxes(box=np.ascontiguousarray(box, np.float32), flip=draws[..., -1] < view.flip)
 
 
@@ -222,6 +225,18 @@ def _sides(view: View, area: np.ndarray, share: np.ndarray, shape: np.ndarray) -
   area = area * (view.scale[0] + (view.scale[1] - view.scale[0]) * share)
   aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * shape)
   return np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], -1)
+
+
+def _scaled(view: View, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+  """[B, count, 4] crops of resized images (mmsegmentation: resize by a ratio, random crop, pad), in their own pixels."""
+  output = np.asarray(view.shape)
+  factor = view.scale[0] + (view.scale[1] - view.scale[0]) * draws[..., :1]
+  resized = factor * output.min() / view.center_fraction  # pixels of the shorter side
+  pixel = sizes.min(-1)[:, None, None] / resized  # [B, count, 1] pixels of the image per pixel of the output
+  full = np.broadcast_to(sizes[:, None, :], (*draws.shape[:2], 2))
+  side = output * pixel
+  start = draws[..., 2 * _TRIES : 2 * _TRIES + 2] * np.maximum(full - side, 0.0)
+  return np.concatenate([start, side], -1)
 
 
 def _center(view: View, sizes: np.ndarray) -> np.ndarray:

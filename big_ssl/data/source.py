@@ -14,6 +14,7 @@ import numpy as np
 
 from big_ssl.core.types import UserError, nearest
 from big_ssl.data import decode, listing, sprites, tfrecord
+from big_ssl.data.clips import Clip, SpriteClips
 from big_ssl.data.listing import Listing
 from big_ssl.data.plan import permute
 
@@ -35,6 +36,7 @@ class DataSource(abc.ABC):
     images: uint8 or uint16 [N, H, W, C] where all of them are in memory, or None.
     extras: further arrays [N, ...] by key.
     encoded: whether `read` gives encoded bytes.
+    clips: videos of the same world with masks, read when asked for; () where there are none.
   """
 
   labels: np.ndarray | None = None
@@ -42,6 +44,7 @@ class DataSource(abc.ABC):
   channels: int = 3
   images: np.ndarray | None = None
   encoded: bool = False
+  clips: Sequence[Clip] = ()
 
   def __init__(self, *, name: str):
     self.extras: dict[str, np.ndarray] = {}
@@ -229,11 +232,11 @@ class Python(DataSource):
 
 
 class Subset(DataSource):
-  """Some examples of another source."""
+  """Some examples of another source; `hashed` where which ones they are does not follow from that source alone."""
 
-  def __init__(self, source: DataSource, indices: np.ndarray, *, name: str):
+  def __init__(self, source: DataSource, indices: np.ndarray, *, name: str, hashed: bool = False):
     super().__init__(name=name)
-    self._source, self._indices = source, np.asarray(indices, np.int64)
+    self._source, self._indices, self._hashed = source, np.asarray(indices, np.int64), hashed
     self.channels, self.class_names, self.encoded = source.channels, source.class_names, source.encoded
     self.labels = None if source.labels is None else source.labels[self._indices]
     self.images = None if source.images is None else source.images[self._indices]
@@ -259,7 +262,8 @@ class Subset(DataSource):
     return self._source.mask(int(self._indices[index]))
 
   def _hash(self) -> str:
-    return self._source.describe()["hash"]
+    rows = f"-{hashlib.sha256(self._indices.tobytes()).hexdigest()[:8]}" if self._hashed else ""
+    return self._source.describe()["hash"] + rows
 
 
 # Opening
@@ -306,6 +310,29 @@ def open_splits(
   return {"train": train, "eval": held}
 
 
+def open_folder(path: str, *, channels: int, field: str) -> DataSource:
+  """All images below a folder, as one source without labels.
+
+  Args:
+    path: of the folder; its name is the source's.
+    channels: of the decoded images.
+    field: config path that named the folder, for errors.
+
+  Raises:
+    UserError: no such folder, or no image in it.
+  """
+  root = pathlib.Path(path).expanduser()
+  if not root.is_dir():
+    near = [str(p) for p in root.parent.iterdir()] if root.parent.is_dir() else []
+    raise UserError(f"{field}={path}: no such folder.{nearest(str(root), near)}")
+  try:
+    found = Files(listing.folder(root), name=root.resolve().name)
+  except UserError as error:
+    raise UserError(str(error).replace("--data", field, 1)) from None
+  found.channels = channels
+  return found
+
+
 def _open(spec: str, *, split: str, eval_split: str, data_dir: str) -> list[DataSource]:
   """[train, eval], or [train] where there is no evaluation split."""
   if spec.startswith("tfds:"):
@@ -335,7 +362,9 @@ def _open(spec: str, *, split: str, eval_split: str, data_dir: str) -> list[Data
 def _sprites(count: int, *, seed: int, split: str, size: int) -> Arrays:
   world = sprites.render(np.arange(count), seed=seed, split=split, size=size)
   extras = {"mask": world.mask, "box": world.box}
-  return Arrays(world.image, world.label, extras=extras, name=f"sprites/{split}", class_names=sprites.CLASSES)
+  source = Arrays(world.image, world.label, extras=extras, name=f"sprites/{split}", class_names=sprites.CLASSES)
+  source.clips = SpriteClips(seed=seed, split=split, size=2 * size)  # an object in a clip is half as large
+  return source
 
 
 def _files(found: Listing, name: str, *, where: str, split: str, eval_split: str) -> list[DataSource]:

@@ -39,57 +39,131 @@ def render(indices: np.ndarray, *, seed: int = 0, split: str = "train", size: in
   return Sprites(join("image"), join("label"), join("mask"), join("box"), [c for p in parts for c in p.caption])
 
 
-def _render(indices: np.ndarray, seed: int, split: str, size: int) -> Sprites:
-  n = len(indices)
-  u = iter(uniforms(seed, f"sprites/{split}", indices.astype(np.uint64), 32).T)
+@dataclasses.dataclass(frozen=True)
+class Objects:
+  """How N objects look and where they lie, before any pixel; lengths in image widths, places from the middle of the image.
+
+  Attributes:
+    label, shape: [N] int32, into CLASSES and SHAPES.
+    radius, cy, cx: [N] of the outline.
+    angle, period, py, px: [N] rotation, period and phase of the motif.
+    bend, turn, by, bx: [N] of a gentle bend, half a period at the most: motifs of two images line up nowhere for long.
+    first, second, back: [N, 3] RGB in [0, 1] of ink, fill and background.
+    gy, gx: [N] gradient of the light.
+  """
+
+  label: np.ndarray
+  shape: np.ndarray
+  radius: np.ndarray
+  cy: np.ndarray
+  cx: np.ndarray
+  angle: np.ndarray
+  period: np.ndarray
+  py: np.ndarray
+  px: np.ndarray
+  bend: np.ndarray
+  turn: np.ndarray
+  by: np.ndarray
+  bx: np.ndarray
+  first: np.ndarray
+  second: np.ndarray
+  back: np.ndarray
+  gy: np.ndarray
+  gx: np.ndarray
+
+  def take(self, rows: np.ndarray) -> Objects:
+    return Objects(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+
+def draw(indices: np.ndarray, *, seed: int, stream: str) -> Objects:
+  """The objects that belong to positions of a named stream."""
+  u = iter(uniforms(seed, stream, indices.astype(np.uint64), 32).T)
   between = lambda low, high: (low + (high - low) * next(u)).astype(np.float32)
-  label = (next(u) * len(CLASSES)).astype(np.int32)
-  shape = (next(u) * len(SHAPES)).astype(np.int32)
-
-  column = lambda x: np.asarray(x, np.float32)[:, None, None]
-  axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-  y, x = axis[None, :, None], axis[None, None, :]
-  radius = between(0.45, 0.6)
-  cy, cx = between(-0.12, 0.12), between(-0.12, 0.12)
-  outline = _outline((y - column(cy)) / column(radius), (x - column(cx)) / column(radius), shape)
-  mask = _soft(-outline * radius[:, None, None], size)
-
+  pick = lambda names: (next(u) * len(names)).astype(np.int32)
+  # The order of the draws is part of the world.
+  lies = dict(label=pick(CLASSES), shape=pick(SHAPES), radius=between(0.45, 0.6), cy=between(-0.12, 0.12), cx=between(-0.12, 0.12))
   # Motif coordinates, in periods: a mild rotation, a scale within a factor 1.7 and a random phase.
-  angle = between(-0.3, 0.3)
-  period = between(0.11, 0.19)
-  py, px = between(0, 1), between(0, 1)
-  cos, sin = column(np.cos(angle)), column(np.sin(angle))
-  # A gentle bend, half a period at the most: motifs of two images line up nowhere for long.
-  bend, turn = between(0.03, 0.08), between(0.7, 1.3)
-  y, x = y + column(bend) * np.sin(6.28 * (column(turn) * x + column(between(0, 1)))), x + column(bend) * np.sin(6.28 * (column(turn) * y + column(between(0, 1))))
-  my = (cos * y + sin * x) / column(period) + column(py)
-  mx = (-sin * y + cos * x) / column(period) + column(px)
-  field = np.empty((n, size, size), np.float32)
-  for k in range(len(CLASSES)):
-    rows = label == k
-    if rows.any():
-      field[rows] = _motif(k, my[rows], mx[rows])
-  ink = _soft(field * column(period), size)
-
+  motif = dict(angle=between(-0.3, 0.3), period=between(0.11, 0.19), py=between(0, 1), px=between(0, 1))
+  bend = dict(bend=between(0.03, 0.08), turn=between(0.7, 1.3), by=between(0, 1), bx=between(0, 1))
   # Colors vary about as far as color jitter moves them, so that they tell instances apart no better than it lets them.
   hue, saturation = between(0.0, 0.2), between(0.15, 0.45)
   light, dark = between(0.6, 0.95), between(0.1, 0.4)
   flip = next(u) < 0.5
-  first = _color(hue, saturation, np.where(flip, light, dark))
-  second = _color(hue, saturation, np.where(flip, dark, light))
-  back = _color(between(0.0, 0.2), between(0.1, 0.4), between(0.3, 0.7))
-  object_ = first[:, None, None] * ink[..., None] + second[:, None, None] * (1 - ink[..., None])
-  image = object_ * mask[..., None] + back[:, None, None] * (1 - mask[..., None])
-  gradient = 1 + column(between(-0.3, 0.3)) * 2 * y + column(between(-0.3, 0.3)) * 2 * x
-  noise = uniforms(seed, f"sprites/{split}/noise", indices.astype(np.uint64), size * size).reshape(n, size, size)
-  image = image * gradient[..., None] + 0.06 * (noise[..., None].astype(np.float32) - 0.5)
+  colors = dict(
+    first=_color(hue, saturation, np.where(flip, light, dark)),
+    second=_color(hue, saturation, np.where(flip, dark, light)),
+    back=_color(between(0.0, 0.2), between(0.1, 0.4), between(0.3, 0.7)),
+  )
+  return Objects(**lies, **motif, **bend, **colors, gy=between(-0.3, 0.3), gx=between(-0.3, 0.3))
+
+
+def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """y [1, S, 1] and x [1, 1, S] of the pixel centers, in image widths from the middle."""
+  axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+  return axis[None, :, None], axis[None, None, :]
+
+
+def _column(x: np.ndarray) -> np.ndarray:
+  return np.asarray(x, np.float32)[:, None, None]
+
+
+def coverage(o: Objects, y: np.ndarray, x: np.ndarray, *, size: int, scale: float | np.ndarray = 1.0) -> np.ndarray:
+  """[N, S, S] in [0, 1]: how far each pixel is in its object; `scale` is that of the coordinates, for the antialiasing."""
+  outline = _outline((y - _column(o.cy)) / _column(o.radius), (x - _column(o.cx)) / _column(o.radius), o.shape)
+  return _soft(-outline * _column(o.radius) * scale, size)
+
+
+def bent(o: Objects, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The coordinates of the motif, [N, S, S] each."""
+  return (
+    y + _column(o.bend) * np.sin(6.28 * (_column(o.turn) * x + _column(o.by))),
+    x + _column(o.bend) * np.sin(6.28 * (_column(o.turn) * y + _column(o.bx))),
+  )
+
+
+def filling(o: Objects, y: np.ndarray, x: np.ndarray, *, size: int, scale: float | np.ndarray = 1.0) -> np.ndarray:
+  """Colors [N, S, S, 3] of the motif at bent coordinates; `scale` as in `coverage`."""
+  cos, sin = _column(np.cos(o.angle)), _column(np.sin(o.angle))
+  my = (cos * y + sin * x) / _column(o.period) + _column(o.py)
+  mx = (-sin * y + cos * x) / _column(o.period) + _column(o.px)
+  field = np.empty(my.shape, np.float32)
+  for k in range(len(CLASSES)):
+    rows = o.label == k
+    if rows.any():
+      field[rows] = _motif(k, my[rows], mx[rows])
+  ink = _soft(field * _column(o.period) * scale, size)
+  return o.first[:, None, None] * ink[..., None] + o.second[:, None, None] * (1 - ink[..., None])
+
+
+def over(color: np.ndarray, below: np.ndarray, *, alpha: np.ndarray) -> np.ndarray:
+  """`color` where `alpha` [N, S, S] is 1, and `below` where it is 0."""
+  return color * alpha[..., None] + below * (1 - alpha[..., None])
+
+
+def develop(image: np.ndarray, *, light: np.ndarray, noise: np.ndarray) -> np.ndarray:
+  """uint8 [N, S, S, 3] of colors under a `light` and with uniform `noise`, [N, S, S] each."""
+  image = image * light[..., None] + 0.06 * (noise[..., None].astype(np.float32) - 0.5)
+  return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def lighting(o: Objects, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+  return 1 + _column(o.gy) * 2 * y + _column(o.gx) * 2 * x
+
+
+def _render(indices: np.ndarray, seed: int, split: str, size: int) -> Sprites:
+  o = draw(indices, seed=seed, stream=f"sprites/{split}")
+  y, x = grid(size)
+  mask = coverage(o, y, x, size=size)
+  y, x = bent(o, y, x)
+  image = over(filling(o, y, x, size=size), o.back[:, None, None], alpha=mask)
+  noise = uniforms(seed, f"sprites/{split}/noise", indices.astype(np.uint64), size * size).reshape(mask.shape)
   hard = mask > 0.5
   return Sprites(
-    image=np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8),
-    label=label,
+    image=develop(image, light=lighting(o, y, x), noise=noise),
+    label=o.label,
     mask=hard.astype(np.uint8),
-    box=_boxes(hard),
-    caption=[f"a {SHAPES[s]} filled with {CLASSES[k]}" for s, k in zip(shape, label, strict=True)],
+    box=boxes(hard),
+    caption=[f"a {SHAPES[s]} filled with {CLASSES[k]}" for s, k in zip(o.shape, o.label, strict=True)],
   )
 
 
@@ -155,8 +229,8 @@ def _color(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.nda
   return (np.asarray(value)[:, None] * (1.0 - np.asarray(saturation)[:, None] * fall)).astype(np.float32)
 
 
-def _boxes(mask: np.ndarray) -> np.ndarray:
-  """Tight boxes y0, x0, y1, x1 as shares of the side."""
+def boxes(mask: np.ndarray) -> np.ndarray:
+  """Tight boxes [N, 4] as y0, x0, y1, x1 shares of the side of masks [N, S, S] bool; the whole image where there is no pixel."""
   size = mask.shape[1]
   rows, columns = mask.any(2), mask.any(1)
   first = lambda a: a.argmax(1)

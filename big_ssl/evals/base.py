@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ class Features:
     index: [N] rows of the source.
     source: data and transform in words, for the protocol; may be "".
     used_in_training: [N] bool, whether a semi-supervised training may use the image's label; None where nothing says.
+    shape: of a row before it was made flat, such as (channels, positions); (D,) where nothing says.
   """
 
   features: np.ndarray
@@ -29,8 +31,16 @@ class Features:
   index: np.ndarray
   source: str = ""
   used_in_training: np.ndarray | None = None
+  shape: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if math.prod(self.shape) != self.features.shape[-1] or not self.shape:
+      object.__setattr__(self, "shape", self.features.shape[1:])
 
 
+# A key of `Method.features` or a function of a `core.method.Trunk` and the images of the evaluation view, with a name
+# as its str(): hashable, and one object (or equal ones) for every call, as it is compiled.
+Output = str | Callable[[Any, Any], Any]
 Weights = Literal["current", "random"]
 Split = Literal["train", "eval"]
 
@@ -63,16 +73,59 @@ class Images(Protocol):
   def describe(self) -> dict[str, Any]: ...
 
 
+class Clip(Protocol):
+  """A video whose objects are marked: a `data.clips.Clip`, read frame by frame."""
+
+  name: str
+
+  def __len__(self) -> int: ...
+
+  def frame(self, index: int) -> np.ndarray:
+    """uint8 [h, w, C]."""
+    ...
+
+  def mask(self, index: int) -> np.ndarray:
+    """Integers [h, w]: 0 is background, 1 and on are the objects, 255 is not judged."""
+    ...
+
+
 class Extract(Protocol):
   """What an evaluator sees of a run: features of whole splits, and for dense evaluations the images and the backbone.
 
-  `output` is a key of `Method.features`, or "pixels", the evaluation view itself; `weights` "random" is the initialization.
+  `output` is a key of `Method.features`, a function of the trunk (`Output`), or "pixels", the evaluation view itself;
+  `weights` "random" is the initialization.
   """
 
-  def __call__(self, split: Split, *, output: str = "pooled", weights: Weights = "current") -> Features: ...
+  def __call__(self, split: Split, *, output: Output = "pooled", weights: Weights = "current") -> Features: ...
 
   def images(self, split: Split) -> Images:
     """The images as decoded, at their own sizes."""
+    ...
+
+  @property
+  def stride(self) -> tuple[int, int]:
+    """Pixels per token of the backbone, vertically and horizontally; (1, 1) for one that takes any size."""
+    ...
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Height and width of the evaluation view."""
+    ...
+
+  def folder(self, path: str, *, field: str) -> Images:
+    """Every image below another folder than the run's data, in the order of their relative paths, which are the names.
+
+    Raises:
+      UserError: no such folder, or no image in it; `field` is the config path that names it.
+    """
+    ...
+
+  def clips(self, path: str = "", *, field: str) -> Sequence[Clip]:
+    """The clips of a folder in the layout of DAVIS, or where `path` is "" those of the held-out data, () where it has none.
+
+    Raises:
+      UserError: another layout, or a sequence with frames or masks missing; `field` is the config path that names it.
+    """
     ...
 
   def apply(self, function: Callable[[Any, Any], Any], images: np.ndarray, *, weights: Weights = "current") -> Any:
@@ -89,10 +142,17 @@ class Extract(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """metrics by name, and the protocol in words, which is printed next to them."""
+  """What an evaluator found.
+
+  Attributes:
+    metrics: by name.
+    protocol: in words, which is printed next to them.
+    images: that the metrics are shares of; None is all held-out images with a label.
+  """
 
   metrics: dict[str, float]
   protocol: str
+  images: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +181,7 @@ class Pair:
   held_out: Features
 
 
-def pairs(extract: Extract, *, output: str, baselines: bool) -> Iterator[Pair]:
+def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair]:
   """The current features, then the yardsticks: the random initialization and standardized raw pixels.
 
   Images without a label (None, or -1) are left out; nothing is yielded where that leaves none.
@@ -151,13 +211,13 @@ def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator
     yield prefix, _standardize(found, found)[1] if name == "pixels" else found
 
 
-def _kinds(output: str, baselines: bool) -> list[tuple[str, str, str]]:
+def _kinds(output: Output, baselines: bool) -> list[tuple[str, Output, Weights]]:
   """Prefix, output and weights of what is evaluated."""
   yardsticks = [("random_init/", output, "random"), ("raw_pixels/", "pixels", "current")]
   return [("", output, "current"), *(yardsticks if baselines else [])]
 
 
-def labeled(features: Features, *, name: str) -> Features | None:
+def labeled(features: Features, *, name: Output) -> Features | None:
   """The rows that have a label; None where there are none."""
   if features.labels is None or not np.any(features.labels >= 0):
     return None
@@ -168,7 +228,7 @@ def labeled(features: Features, *, name: str) -> Features | None:
   return take(features, keep)
 
 
-def check_finite(features: Features, *, name: str) -> None:
+def check_finite(features: Features, *, name: Output) -> None:
   """Raises UserError where a row of output `name` has a NaN or an infinity."""
   bad = int(np.sum(~np.all(np.isfinite(features.features), axis=1)))
   if bad:

@@ -28,11 +28,16 @@ def assign(z: Array, prototypes: Array, *, temperature: float | Array, label_smo
   Returns:
     [N, K] float32 log-probabilities.
   """
-  cosine = jnp.matmul(l2_normalize(z), l2_normalize(prototypes).T, precision=jax.lax.Precision.HIGHEST)
+  cosine = cosines(z, prototypes)
   log_p = jax.nn.log_softmax(cosine / temperature)
   if label_smoothing == 0.0:
     return log_p
   return jnp.log((1.0 - label_smoothing) * jnp.exp(log_p) + label_smoothing / prototypes.shape[0])
+
+
+def cosines(z: Array, prototypes: Array) -> Array:
+  """[N, K] cosines of embeddings [N, D] and prototypes [K, D], in full float32 precision."""
+  return jnp.matmul(l2_normalize(z), l2_normalize(prototypes).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def sharpened(log_p: Array, *, temperature: float | Array) -> Array:

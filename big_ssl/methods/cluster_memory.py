@@ -108,6 +108,10 @@ class ClusterMemory(MultiCrop, abc.ABC):
 
   # 3. Clustering, once per epoch
 
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array:
+    prototypes = self.prototypes(self.project(params), extra)["head0"]
+    return scores(self.features(params, extra, batch)["projection"], prototypes)
+
   @abc.abstractmethod
   def cluster(self, state: TrainState, z: np.ndarray, *, head: int, rng: np.random.Generator) -> Clustering:
     """Labels of the rows z [n, D] for one head; the mesh is the one in use."""

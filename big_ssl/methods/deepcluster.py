@@ -219,6 +219,10 @@ class DeepCluster(Method):
     probes = probe_features(out["stages"], pools=pools, kind="average") if pools else {}
     return {"pooled": out["pooled"], "relu": jax.nn.relu(out["pooled"])} | probes
 
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array:
+    read = self.features(params, extra, batch)["relu" if self.relu else "pooled"]
+    return Linear(output=self.num_clusters).apply({"params": params["head"]}, read, train=False)
+
   def param_rules(self) -> tuple[Rule, ...]:
     """Everything is decayed, biases and BN too; the classifier has no momentum."""
     return (Rule(pattern=r"^head/", momentum=0.0), Rule(pattern=r".*"))

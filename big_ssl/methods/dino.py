@@ -240,6 +240,12 @@ class DINO(Method):
     out = encode(trunk, {"backbone": extra["teacher"]["backbone"]}, stats, batch["image"][:, 0], train=False).out
     return {k: out[k] for k in ("pooled", "cls_layers", "cls_layers_normed") if k in out}
 
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array:
+    """The teacher's centered logits."""
+    del params
+    encoded = encode(as_teacher(self.encoder), extra["teacher"], extra["teacher_batch_stats"], batch["image"][:, 0], train=False)
+    return encoded.out["projection"] - extra["center"]
+
   def trunk(self, params: Params, extra: Extra) -> Trunk:
     del params
     return self.trunk_of(extra["teacher"], extra["teacher_batch_stats"])

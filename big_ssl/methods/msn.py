@@ -231,6 +231,11 @@ class MSN(Method):
     pooled = out["cls_layers"][:, -1] if "cls_layers" in out else out["pooled"]
     return {"pooled": pooled, "normed": out["pooled"], "projection": out["projection"]}
 
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array:
+    """Cosines of the target's projection and the prototypes."""
+    z = self.features(params, extra, batch)["projection"]
+    return distill.cosines(z, params["prototypes"])
+
   def trunk(self, params: Params, extra: Extra) -> Trunk:
     del params
     return self.trunk_of(extra["teacher"], extra["teacher_batch_stats"])

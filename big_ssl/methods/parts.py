@@ -51,13 +51,13 @@ def normalize(method: Method) -> tuple[Normalize, ...]:
 
 
 def center_view(method: Method, *, size: Size, interpolation: str = "bilinear") -> View:
-  """The usual evaluation view: the shorter side to size / `eval_fraction`, the center cut, normalized."""
+  """The usual evaluation view: the shorter side to size / `eval_fraction`, the center cut, normalized; 0 squashes all of it."""
   return View(
     name="image",
     size=size,
-    crop="center",
+    crop="center" if method.eval_fraction else "none",
     flip=0.0,
     interpolation=interpolation,
-    center_fraction=method.eval_fraction,
+    center_fraction=method.eval_fraction or 1.0,
     augment=normalize(method),
   )

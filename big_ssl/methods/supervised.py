@@ -1,22 +1,26 @@
-"""Supervised baseline: softmax cross-entropy on labels, the yardstick beside the self-supervised methods.
+"""Classification of labeled images: the supervised baseline, and with `config.init_from` the fine-tuning of any run.
 
-Recipe of the plain ViT baseline (arXiv 2205.01580): random resized crop, flip, cosine schedule; the classifier reads the
-backbone's pooled output, and evaluation reads the same output as every other method does.
+As a baseline the recipe of the plain ViT (arXiv 2205.01580): random resized crop, flip, cosine schedule. The classifier
+reads the backbone's pooled output, and evaluation reads the same output as every other method does. Fine-tuning recipes,
+which are arguments of configs/finetune.py, add what follows below and in `config.optim`, `model.drop_path` and
+`data.labels_share`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 
 from big_ssl.augment import mixup
-from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter
+from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
+from big_ssl.augment.rand_augment import RandAugment
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Size, UserError, sides
 from big_ssl.losses import classify
-from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, check_shares, normalize
 from big_ssl.models.encoder import Encoder, encode
 from big_ssl.models.heads import Classifier
 
@@ -26,54 +30,75 @@ class Supervised(Method):
   """Classification of `label`.
 
   Attributes:
-    hidden_layers: layers as wide as the trunk, with BN and ReLU, between it and the classifier. With 1 a run that starts
-      from PAWS keeps the first layer of its projection head, as its fine-tuning does (arXiv 2104.13963, released code).
+    hidden_layers: with BN and ReLU, between the trunk and the classifier. With 1 a run that starts from PAWS, or from SwAV
+      as SEER, keeps the first layer of its projection head (arXiv 2104.13963, 2202.08360; released code).
+    hidden_dim: their width; 0 is that of the trunk.
     zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
-    mixup: alpha of its Beta(alpha, alpha), 0 is none; one share per step (`augment.mixup`).
+    mixup, cutmix: alphas of their Beta(alpha, alpha), 0 is none; one draw per step (`augment.mixup`).
+    switch_prob: share of steps with cutmix where both are on.
     sigmoid: sigmoid cross-entropy summed over the classes in place of softmax, and a classifier whose biases start at -10
       (big_vision's ImageNet-21k).
-    size, scale: of the training crop; color_strength: of the jitter, 0 is none.
+    size, scale, interpolation: of the training crop; evaluation has the same size and interpolation.
+    squash: whole images, squashed, in training (with a flip) and evaluation: for objects that a crop would lose.
+    color_strength: of the jitter, 0 is none; grayscale, blur: probabilities, as in SwAV's and SEER's views.
+    rand_augment: RandAugment, such as dict(layers=2, magnitude=9, std=0.5); what geometry leaves empty is `mean`.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 
   hidden_layers: int = 0
+  hidden_dim: int = 0
   zero_init: bool = False
   label_smoothing: float = 0.0
   mixup: float = 0.0
+  cutmix: float = 0.0
+  switch_prob: float = 0.5
   sigmoid: bool = False
   size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
+  interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+  squash: bool = False
   color_strength: float = 0.0
+  grayscale: float = 0.0
+  blur: float = 0.0
+  rand_augment: RandAugment | None = None
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
   eval_fraction: float = 224 / 256
 
-  accumulation_reason = "config.method.mixup mixes the images of the whole batch with one share"
+  accumulation_reason = "config.method.mixup and cutmix mix the images of the whole batch by one draw"
 
   def __post_init__(self):
     check_channels(self)
-    check_least(self, mixup=0.0)
+    check_least(self, mixup=0.0, cutmix=0.0, hidden_layers=0, hidden_dim=0)
+    check_shares(self, "switch_prob", "label_smoothing")
     if getattr(self.model, "patch_sizes", ()):
       check_patches(self, "size")
 
   @property
   def supports_accumulation(self) -> bool:
-    return not self.mixup
+    return not (self.mixup or self.cutmix)
 
   def inputs(self) -> Inputs:
     s = self.color_strength
-    jitter = (ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),) if s else ()
-    view = View(name="crop", size=self.size, scale=self.scale, augment=(*jitter, *normalize(self)))
-    return Inputs(views=(view,), keys=("label",))
+    operations = (
+      self.rand_augment and dataclasses.replace(self.rand_augment, fill=self.rand_augment.fill or self.mean),
+      s and ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+      self.grayscale and Grayscale(p=self.grayscale),
+      self.blur and GaussianBlur(p=self.blur),
+    )
+    augment = (*(o for o in operations if o), *normalize(self))
+    view = View(name="crop", size=self.size, scale=self.scale, interpolation=self.interpolation, augment=augment)
+    return Inputs(views=(dataclasses.replace(view, crop="none") if self.squash else view,), keys=("label",))
 
   def eval_view(self) -> View:
-    return center_view(self, size=self.size)
+    view = center_view(self, size=self.size, interpolation=self.interpolation)
+    return dataclasses.replace(view, crop="none", center_fraction=1.0) if self.squash else view
 
   @property
   def encoder(self) -> Encoder:
-    hidden = (0,) * self.hidden_layers
+    hidden = (self.hidden_dim,) * self.hidden_layers
     bias = -10.0 if self.sigmoid else 0.0
     head = Classifier(self.num_classes, hidden=hidden, zero_init=self.zero_init, bias_init=bias)
     return Encoder(backbone=self.model, head=head)
@@ -87,15 +112,17 @@ class Supervised(Method):
   def loss(self, params: Params, extra: Extra, batch: dict[str, Array], rng: Array, step: Array) -> tuple[Array, tuple[Extra, Metrics]]:
     del step
     images = batch["crop"][:, 0]
-    if self.mixup:
+    mixture = None
+    if self.mixup or self.cutmix:
       rng, key = jax.random.split(rng)
-      share = mixup.draw(key, alpha=self.mixup)
-      images = mixup.mix(images, share=share)
+      alphas = {"mixup": self.mixup, "cutmix": self.cutmix, "switch": self.switch_prob}
+      mixture = mixup.draw_mixture(key, **alphas, size=sides(self.size))
+      images = mixup.mix(images, share=mixture.mask)
     encoded = encode(self.encoder, params["encoder"], extra["batch_stats"], images, train=True, rng=rng)
     logits = encoded.out["projection"]  # [B, K]
     cross_entropy = classify.sigmoid_cross_entropy if self.sigmoid else classify.cross_entropy
     on = lambda labels: cross_entropy(logits, labels=labels, label_smoothing=self.label_smoothing)
-    loss = mixup.mixed_loss(on, labels=batch["label"], share=share) if self.mixup else on(batch["label"])
+    loss = mixup.mixed_loss(on, labels=batch["label"], share=mixture.share) if mixture else on(batch["label"])
     metrics = {"accuracy": classify.accuracy(logits, labels=batch["label"])} | health.embedding(encoded.out["pooled"])
     return loss, ({"batch_stats": encoded.batch_stats}, jax.lax.stop_gradient(metrics))
 

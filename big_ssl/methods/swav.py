@@ -118,6 +118,9 @@ class SwAV(MultiCrop, Method):
       metrics["agreement"] = health.agreement(assigning[0], assigning[1])
     return loss, (extra, jax.lax.stop_gradient(metrics))
 
+  def assignments(self, params: Params, extra: Extra, batch: dict[str, Array]) -> Array:
+    return scores(self.features(params, extra, batch)["projection"], self.project(params)["prototypes"]["head0"])
+
   # 3. Optimization: one group; biases and BN are adapted and decayed as all else.
 
   def param_rules(self) -> tuple[Rule, ...]:

@@ -20,7 +20,7 @@ class Share:
   count: int
 
 
-def wilson(hits: int, *, count: int) -> Share:
+def wilson(hits: float, *, count: int) -> Share:
   """Wilson's interval of a binomial share; unlike the normal one it stays inside 0 ... 100 and is never empty.
 
   Raises:
@@ -34,10 +34,37 @@ def wilson(hits: int, *, count: int) -> Share:
   return Share(100 * p, 100 * max(center - half, 0.0), 100 * min(center + half, 1.0), count)
 
 
+def difference(a: Share, *, b: Share) -> Share:
+  """a less b in points of percent, with Newcombe's interval of 95 % from those of both (1998, method 10).
+
+  `count` is the smaller of both groups'.
+  """
+  low = math.hypot(a.percent - a.low, b.high - b.percent)
+  high = math.hypot(a.high - a.percent, b.percent - b.low)
+  gap = a.percent - b.percent
+  return Share(gap, gap - low, gap + high, min(a.count, b.count))
+
+
 def by_group(correct: np.ndarray, *, groups: np.ndarray) -> dict[str, Share]:
   """Share of `correct` [N] bool in every group of `groups` [N] str, by name; rows with "" are in none."""
   names = np.unique(groups[groups != ""])
   return {str(n): wilson(int(correct[groups == n].sum()), count=int(np.sum(groups == n))) for n in names}
+
+
+def shape_bias(predictions: np.ndarray, *, shapes: np.ndarray, textures: np.ndarray) -> Share:
+  """Of the images predicted as their shape or as their texture, the percent predicted as their shape (arXiv 1811.12231).
+
+  Args:
+    predictions, shapes, textures: [N] classes; images whose two cues agree, or without a texture (-1), do not count.
+
+  Raises:
+    ValueError: no image was predicted as either.
+  """
+  conflict = (shapes != textures) & (textures >= 0)
+  as_shape, as_texture = (int(np.sum(conflict & (predictions == cue))) for cue in (shapes, textures))
+  if not as_shape + as_texture:
+    raise ValueError("no image with two cues was predicted as either")
+  return wilson(as_shape, count=as_shape + as_texture)
 
 
 def masked_prediction(logits: np.ndarray, *, present: np.ndarray) -> np.ndarray:
@@ -49,6 +76,16 @@ def masked_prediction(logits: np.ndarray, *, present: np.ndarray) -> np.ndarray:
 def association_rate(predictions: np.ndarray, *, classes: np.ndarray) -> float:
   """Percent of images with at least one of `classes` among their predictions [N, k] (arXiv 2202.07603, section 3.1)."""
   return 100.0 * float(np.mean(np.isin(predictions, classes).any(axis=1)))
+
+
+def confident_rate(predictions: np.ndarray, *, confidences: np.ndarray, label: int, threshold: float) -> float:
+  """Percent of images that have `label` among their predictions [N, k] with a confidence [N, k] of at least `threshold`."""
+  return 100.0 * float(np.mean(np.any((predictions == label) & (confidences >= threshold), axis=1)))
+
+
+def mean_top_confidence(confidences: np.ndarray) -> float:
+  """Mean of the largest confidence of each image, of [N, k]."""
+  return float(np.mean(np.max(confidences, axis=1), dtype=np.float64))
 
 
 def rate_differences(predictions: np.ndarray, *, groups: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
@@ -73,9 +110,35 @@ def rate_differences(predictions: np.ndarray, *, groups: np.ndarray, num_classes
   return {int(n): rates[n] - np.mean([rates[m] for m in names if m != n], axis=0) for n in names}
 
 
-def set_hits(predicted_sets: np.ndarray, *, concepts: np.ndarray) -> np.ndarray:
-  """[N] bool, whether concept i is in any of image i's predicted sets [N, k, S], which are padded with -1."""
-  return np.any(predicted_sets == concepts[:, None, None], axis=(1, 2)) & (concepts >= 0)
+def set_hits(predicted_sets: np.ndarray, *, concepts: np.ndarray, confidences: np.ndarray | None = None) -> np.ndarray:
+  """[N] bool, whether concept i is in any of image i's predicted sets [N, k, S], which are padded with -1.
+
+  A prediction whose confidence [N, k] is not above 0 does not count.
+  """
+  found = np.any(predicted_sets == concepts[:, None, None], axis=2)  # [N, k]
+  if confidences is not None:
+    found &= confidences > 0
+  return np.any(found, axis=1) & (concepts >= 0)
+
+
+AGES = (("<18", 0, 18), ("18-30", 18, 30), ("30-45", 30, 45), ("45-70", 45, 70), ("70+", 70, math.inf))
+
+
+def attribute_groups(*, gender: np.ndarray, skin: np.ndarray, age: np.ndarray) -> dict[str, np.ndarray]:
+  """Masks [N] of the groups of arXiv 2202.07603: genders, skin tones, both together, and ages.
+
+  The attributes are what annotators saw, social categories and no facts about a person.
+
+  Args:
+    gender: [N] 0 female, 1 male; others are in no group of gender.
+    skin: [N] Fitzpatrick type: 1 to 3 lighter, 4 to 6 darker.
+    age: [N] years; NaN or negative is in no group of age.
+  """
+  genders = {"female": gender == 0, "male": gender == 1}
+  skins = {"lighter": (skin >= 1) & (skin <= 3), "darker": (skin >= 4) & (skin <= 6)}
+  both = {f"{g}_{s}": genders[g] & skins[s] for g in genders for s in skins}
+  ages = {name: (age >= low) & (age < high) for name, low, high in AGES}
+  return {"overall": np.ones(len(gender), bool)} | genders | skins | both | ages
 
 
 def household_rate(hits: np.ndarray, *, households: np.ndarray, buckets: np.ndarray) -> dict[int, float]:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from big_ssl.core.types import Array
+from big_ssl.ops.whitening import Whitening
 
 # Below this share of the largest eigenvalue a direction is the rounding of float32 features, not data.
 ROUNDING = 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class Whitening:
-  """x -> (x - mean) axes.
-
-  Attributes:
-    mean: [D] float32.
-    axes: [D, d] float32, the principal axes divided by the square roots of their eigenvalues; in each the largest
-      component in magnitude is positive, so that rounding flips no sign.
-    eigenvalues: [D] float64 of the covariance (sums divided by N), descending.
-  """
-
-  mean: np.ndarray
-  axes: np.ndarray
-  eigenvalues: np.ndarray
 
 
 def fit_whitening(x: np.ndarray, *, dim: int, floor: float = 0.0, chunk: int = 8192) -> Whitening:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from big_ssl.ops.pca import Whitening
+from big_ssl.ops.whitening import Whitening
 
 
-def gem(x: np.ndarray, *, power: float = 4.0, floor: float = 1e-6) -> np.ndarray:
-  """Generalized mean (mean max(x, floor)^p)^(1/p), [N, D], over positions of x [N, positions, D] (arXiv 1711.02512)."""
-  return np.mean(np.maximum(x, floor) ** power, axis=1) ** (1 / power)
+def gem(x: np.ndarray, *, power: float = 4.0, floor: float = 1e-6, xp: Any = np) -> np.ndarray:
+  """Generalized mean (mean max(x, floor)^p)^(1/p), [N, D], over positions of x [N, positions, D] (arXiv 1711.02512).
+
+  `xp` is numpy or jax.numpy.
+  """
+  return xp.mean(xp.maximum(x, floor) ** power, axis=1) ** (1 / power)
+
+
+def l2_normalize(x: np.ndarray, *, epsilon: float = 1e-6) -> np.ndarray:
+  """Rows of x [..., D] divided by norm + epsilon, as GeM's released code does it."""
+  return x / (np.linalg.norm(x, axis=-1, keepdims=True) + epsilon)
 
 
 def copy_descriptor(cls: np.ndarray, *, patches: np.ndarray, power: float = 4.0) -> np.ndarray:
@@ -75,11 +83,11 @@ def _starts(length: int, *, side: int, count: int) -> list[int]:
   return [math.floor(math.floor(half) + i * step) - math.floor(half) for i in range(count)]
 
 
-def rmac_region_descriptors(maps: np.ndarray, *, levels: int = 3) -> np.ndarray:
-  """l2-normalized maxima [N, R, D] over the regions of feature maps [N, H, W, D]."""
+def rmac_region_descriptors(maps: np.ndarray, *, levels: int = 3, xp: Any = np) -> np.ndarray:
+  """l2-normalized maxima [N, R, D] over the regions of feature maps [N, H, W, D]; `xp` is numpy or jax.numpy."""
   regions = rmac_regions(maps.shape[1], maps.shape[2], levels=levels)
-  maxima = np.stack([maps[:, y : y + h, x : x + w].max(axis=(1, 2)) for x, y, w, h in regions], axis=1)
-  return _unit(maxima)
+  maxima = xp.stack([maps[:, y : y + h, x : x + w].max(axis=(1, 2)) for x, y, w, h in regions], axis=1)
+  return maxima / xp.maximum(xp.linalg.norm(maxima, axis=-1, keepdims=True), 1e-12)
 
 
 def rmac(descriptors: np.ndarray) -> np.ndarray:
@@ -131,11 +139,12 @@ class Retrieval:
   recall: np.ndarray
 
 
-def score(similarity: np.ndarray, *, judged: Judged, ks: tuple[int, ...] = (1, 5, 10)) -> Retrieval:
+def score(similarity: np.ndarray, *, judged: Judged, ks: tuple[int, ...] = (1, 5, 10), top: int = 0) -> Retrieval:
   """Scores of the rankings by descending `similarity` [Q, N], of equal ones the lower index first, without the junk.
 
   The average precision is the trapezoidal one of revisited Oxford/Paris: the mean over the relevant items of the mean
-  of the precision just before and at the item, with 1 before the first rank.
+  of the precision just before and at the item, with 1 before the first rank. With `top`, items at later ranks add
+  nothing to it (copy detection takes 20).
   """
   order = np.argsort(-similarity, axis=1, kind="stable")
   found = np.take_along_axis(judged.relevant & ~judged.junk, order, axis=1)
@@ -145,7 +154,7 @@ def score(similarity: np.ndarray, *, judged: Judged, ks: tuple[int, ...] = (1, 5
   total = hits[:, -1].astype(np.float64)
   with np.errstate(invalid="ignore", divide="ignore"):
     before = np.where(rank > 1, (hits - 1) / (rank - 1), 1.0)
-    average = np.sum((before + hits / rank) / 2, axis=1, where=found) / total
+    average = np.sum((before + hits / rank) / 2, axis=1, where=found & (rank <= (top or rank.shape[1]))) / total
     last = np.max(np.where(found, rank, 0), axis=1)
     precision, recall = [], []
     for k in ks:

@@ -106,6 +106,15 @@ def test_the_last_updates_of_a_long_cosine_keep_their_relative_accuracy_in_float
   np.testing.assert_allclose(traced, exact, rtol=1e-6)
 
 
+def test_poly_is_the_public_formula_at_every_step():
+  # Segmenter (arXiv 2105.05633, public code): (base - end) (1 - i / total)^0.9 + end.
+  golden = (1e-3 - 1e-5) * (1 - np.arange(50) / 50) ** 0.9 + 1e-5
+  check(lambda i, xp: schedules.poly(i, start=1e-3, final=1e-5, power=0.9, total=50, xp=xp), golden)
+  config = OptimConfig(lr=1e-3, final_lr=1e-5, schedule="poly", poly_power=2.0)
+  curve = learning_rate(config, total_steps=50, batch_size=1, examples=1)
+  np.testing.assert_allclose(curve(25), 1e-5 + (1e-3 - 1e-5) / 4, rtol=1e-5)
+
+
 def test_curves_stay_at_their_end_after_the_end():
   assert float(schedules.linear(99, start=1.0, final=3.0, total=10)) == 3.0
   assert float(schedules.cosine(99, start=1.0, final=3.0, total=10)) == 3.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_ssl import setup, train
+from big_ssl import setup, start
 from big_ssl.core.checkpoint import Checkpointer, signature
 from big_ssl.core.config import InitFrom
 from big_ssl.core.types import TrainState, UserError
@@ -94,7 +94,7 @@ def test_paws_is_fine_tuned_with_the_first_layer_of_its_projection_head(tmp_path
   options = {"method.hidden_layers": 1, "method.zero_init": True, "data.train_examples": 120, "init_from.path": str(tmp_path)}
   run = setup.make_run(engine.small("supervised", **options), devices=jax.devices()[:1])
   notes = Notes()
-  after = train.start_from(run.config.init_from, run.initial_state(), notes, model=run.method.model)
+  after = start.start_from(run.config.init_from, run.initial_state(), notes, model=run.method.model)
   assert signature(after) == signature(run.initial_state()) and int(after.step) == 0
   jax.tree.map(np.testing.assert_array_equal, after.params["encoder"]["backbone"], before.params["encoder"]["backbone"])
   head = after.params["encoder"]["head"]
@@ -117,7 +117,7 @@ def test_a_vit_goes_on_with_other_channels_patches_and_sizes(tmp_path):
   images = jnp.zeros((2, 2, 64, 64, 1))
   params, extra = method.init(jax.random.key(0), {"views": images})
   fresh, notes = TrainState(step=jnp.int32(0), params=params, opt_state={}, extra=extra), Notes()
-  after = train.start_from(config.init_from, fresh, notes, model=method.model)
+  after = start.start_from(config.init_from, fresh, notes, model=method.model)
   kernel = after.params["encoder"]["backbone"]["patch_embed"]["conv"]["kernel"]
   assert kernel.shape == (16, 16, 1, 24) and "patch_embed/conv/kernel [8, 8, 3, 24] to [16, 16, 1, 24]" in notes.lines[-1]
   gray = np.random.default_rng(0).uniform(size=(8, 8)).astype(np.float32)
@@ -139,5 +139,5 @@ def test_the_backbone_can_wait_until_a_fresh_head_has_learned(tmp_path):
 
 def test_a_folder_without_checkpoints_is_a_clear_error(tmp_path):
   with pytest.raises(UserError, match="config.init_from.path='.*': not the work directory of a run"):
-    train.start_from(InitFrom(path=str(tmp_path)), state({"encoder": tree(0)}), Notes(), model=None)
+    start.start_from(InitFrom(path=str(tmp_path)), state({"encoder": tree(0)}), Notes(), model=None)
   assert list(tmp_path.iterdir()) == []

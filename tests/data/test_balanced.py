@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from big_ssl.core.config import DataConfig
 from big_ssl.core.method import ClassBalanced, Inputs, View
 from big_ssl.core.types import UserError
-from big_ssl.data.balanced import BalancedPlan, labeled_rows
+from big_ssl.data.balanced import BalancedPlan, labeled_rows, labeled_subset
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import Arrays, Python
 
@@ -193,3 +194,55 @@ def test_the_batch_size_of_the_stream_is_that_of_its_support():
   sampler = ClassBalanced(classes_per_step=3, images_per_class=4)
   assert Inputs(views=(), sampler=sampler).batch_size == 12 == sampler.batch_size
   assert dataclasses.replace(sampler, images_per_class=5).batch_size == 15
+
+
+def subset_of(labels=LABELS, **fields):
+  images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+  return labeled_subset(Arrays(images, labels, name="all"), DataConfig(**fields))
+
+
+def test_training_on_few_labels_takes_the_images_that_a_support_of_as_many_has():
+  part = subset_of(labels_per_class=5)
+  np.testing.assert_array_equal(part.images[:, 0, 0, 0], rows_of(labels_per_class=5))
+  np.testing.assert_array_equal(part.labels, LABELS[rows_of(labels_per_class=5)])
+  assert not np.array_equal(part.images, subset_of(labels_per_class=5, labels_seed=1).images)
+
+
+def test_a_share_is_of_every_class_and_at_least_one_image():
+  labels = np.repeat(np.arange(3, dtype=np.int32), [100, 44, 6])
+  np.testing.assert_array_equal(np.bincount(subset_of(labels, labels_share=0.1).labels), [10, 4, 1])
+  few, more = (set(subset_of(labels, labels_share=s).images[:, 0, 0, 0].tolist()) for s in (0.1, 0.3))
+  assert few < more  # the smaller part is inside of the larger one
+  assert len(subset_of(labels)) == len(subset_of(labels, labels_share=1.0)) == 150
+
+
+def test_a_list_chooses_and_which_images_they_are_is_in_the_record(tmp_path):
+  file = tmp_path / "list.txt"
+  file.write_text("3\n140\n77")
+  part = subset_of(labels_file=str(file))
+  np.testing.assert_array_equal(part.images[:, 0, 0, 0], [3, 77, 140])
+  assert part.describe()["name"] == "all, 3 of 150 by label" and subset_of().describe()["name"] == "all"
+  file.write_text("3\n141\n77")
+  other = subset_of(labels_file=str(file)).describe()
+  assert other["name"] == part.describe()["name"] and other["hash"] != part.describe()["hash"]
+
+
+@pytest.mark.parametrize(
+  "fields,message",
+  [
+    ({"labels_share": 1.5}, "config.data.labels_share=1.5: expected a share"),
+    ({"labels_share": 0.1, "labels_per_class": 3}, "config.data.labels_per_class=3: not with config.data.labels_share=0.1"),
+    ({"labels_per_class": 60}, "config.data.labels_per_class=60: class 0 has only 2. labeled"),
+    ({"labels_per_class": -2}, "config.data.labels_per_class=-2"),
+    ({"labels_file": "nowhere.txt"}, "config.data.labels_file='nowhere.txt': no such file"),
+  ],
+)
+def test_impossible_choices_name_the_config_of_the_data(fields, message):
+  with pytest.raises(UserError, match=message):
+    subset_of(**fields)
+
+
+def test_a_choice_by_label_needs_labels():
+  source = Arrays(np.zeros((30, 2, 2, 3), np.uint8))
+  with pytest.raises(UserError, match="has no labels, which config.data.labels_share=0.1 draws from"):
+    labeled_subset(source, DataConfig(labels_share=0.1))

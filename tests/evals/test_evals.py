@@ -116,7 +116,11 @@ def test_logistic_regression_reaches_the_reference_minimum_and_predictions(i):
   np.testing.assert_allclose(test, LOGISTIC["test_features_preprocessed"], atol=1e-6)
   fitted = fit_logistic(train, labels=LOGISTIC["train_labels"], num_classes=8, l2=float(LOGISTIC["lambdas"][i]))
   assert fitted.objective == pytest.approx(float(LOGISTIC[f"lambda{i}/objective"]), rel=1e-6)
+  np.testing.assert_allclose(fitted.weights, LOGISTIC[f"lambda{i}/weights"], atol=1e-4)
   np.testing.assert_array_equal(np.argmax(test @ fitted.weights, axis=1), LOGISTIC[f"lambda{i}/test_pred"])
+  for split, x in (("train", train), ("test", test)):
+    accuracy = np.mean(np.argmax(x @ fitted.weights, axis=1) == LOGISTIC[f"{split}_labels"])
+    assert accuracy == pytest.approx(float(LOGISTIC[f"lambda{i}/{split}_accuracy"]), abs=1e-6)
 
 
 def test_lowshot_separates_planted_classes_better_than_its_baselines():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_ssl import setup, train
+from big_ssl import setup, start
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.step import prepare_streams
 from big_ssl.core.types import UserError
@@ -101,7 +101,7 @@ def test_teacher_and_student_start_from_one_run_and_the_student_s_kernel_is_resi
   notes = types.SimpleNamespace(notice=lines.append, timer=lambda name: contextlib.nullcontext())
   changes = {"init_from.path": str(tmp_path), "model.kernel_patch": 16, "method.teacher": {"patch": 8}}
   run = setup.make_run(engine.small("distillation", **changes), devices=jax.devices()[:1])
-  after = train.start_from(run.config.init_from, run.initial_state(), notes, model=run.method.model)
+  after = start.start_from(run.config.init_from, run.initial_state(), notes, model=run.method.model)
   jax.tree.map(np.testing.assert_array_equal, after.extra["teacher"], before.params["encoder"])
   student = after.params["encoder"]
   kernel = np.asarray(before.params["encoder"]["backbone"]["patch_embed"]["conv"]["kernel"])

@@ -351,6 +351,7 @@ def test_constant_features_are_called_a_collapse(tiny):
   assert verdict.state == "collapsed", verdict
 
 
+@pytest.mark.slow
 def test_a_short_run_places_patches_better_than_chance():
   config = engine.load("loca", **{"total": "60steps", "batch_size": 32, "data.train_examples": 256, "optim.warmup": "10steps"})
   _, history = engine.train_steps(config)

@@ -85,3 +85,39 @@ def test_neighbors_and_votes_of_npid_are_the_recorded_ones(golden):
   vote = knn.votes(found, labels=z["train_labels"], k=10, temperature=0.07, num_classes=5)
   np.testing.assert_allclose(vote * np.exp(found.similarity[:, :1].astype(float) / 0.07), z["scores"], rtol=1e-4)
   np.testing.assert_array_equal(vote.argmax(1), z["predictions"])
+
+
+@pytest.mark.parametrize("width,k", [(1024, 3), (2048, 7), (4096, 20), (1000, 3)])
+def test_the_grouped_search_of_wide_rows_is_top_k_also_among_ties(width, k):
+  rng = np.random.default_rng(width)
+  x = rng.integers(0, 9, (5, width)).astype(np.float32)
+  x[0], x[1, : width - 2], x[2] = 1.0, -np.inf, np.arange(width)
+  best, index = jax.jit(knn._top, static_argnames="k")(x, k=k)
+  expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+  np.testing.assert_array_equal(index, expected)
+  np.testing.assert_array_equal(best, np.take_along_axis(x, expected, axis=1))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_plan_bounds_what_the_compiled_search_takes(devices):
+  mesh = mesh_of(devices, 1)
+  found = knn.plan(100, bank=9000, dim=16, k=5, devices=devices, bank_chunk=1024, query_chunk=64)
+  shapes = [(64, 16), (found.rows * devices, 16)]
+  args = [jax.ShapeDtypeStruct(s, np.float32) for s in shapes] + [jax.ShapeDtypeStruct((), np.int32)]
+  memory = knn._search.lower(*args, k=5, chunk=found.bank_chunk, mesh=mesh).compile().memory_analysis()
+  if memory is None:
+    pytest.skip("the backend does not tell")
+  used = memory.temp_size_in_bytes + 4 * (found.rows + 64) * 16
+  assert used <= found.bytes_per_device < 2.5 * used and found.rows * devices >= 9000
+
+
+def test_votes_in_chunks_count_as_all_at_once():
+  rng = np.random.default_rng(0)
+  found = knn.nearest(rng.normal(size=(23, 4)), bank=rng.normal(size=(40, 4)), k=9)
+  labels, query_labels = rng.integers(0, 7, 40), rng.integers(0, 7, 23)
+  vote = knn.votes(found, labels=labels, k=9, temperature=0.1, num_classes=7)
+  for chunk in (1, 5, 100):
+    settings = {"k": 9, "temperature": 0.1, "num_classes": 7, "chunk": chunk}
+    scores = knn.accuracies(found, labels=labels, query_labels=query_labels, **settings)
+    for top, value in scores.items():
+      assert value == pytest.approx(knn.top_k_accuracy(vote, labels=query_labels, k=top))

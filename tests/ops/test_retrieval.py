@@ -58,7 +58,9 @@ def test_rmac_and_gem_are_the_recorded_ones(golden):
   white = pca.whiten(flat, whitening=pca.fit_whitening(flat, dim=8, floor=1e-5)).reshape(*regions.shape[:2], 8)
   found = retrieval.rmac(white)
   np.testing.assert_allclose(found @ found.T, z["rmac_gram"], atol=1e-4)
-  np.testing.assert_allclose(retrieval.gem(maps.reshape(10, -1, 12)), z["gem_p4"], atol=1e-5)
+  pooled = retrieval.gem(maps.reshape(10, -1, 12))
+  np.testing.assert_allclose(pooled, z["gem_p4"], atol=1e-5)
+  np.testing.assert_allclose(retrieval.l2_normalize(pooled), z["gem_p4_l2n"], atol=1e-6)
 
 
 def test_rmac_regions_turn_with_the_map_and_cover_a_square():
@@ -73,6 +75,7 @@ def test_seer_scores_are_the_recorded_ones(golden):
   judged = retrieval.Judged(z["relevant"] == 1, z["junk"] == 1)
   found = retrieval.score(z["sim"], judged=judged, ks=(1, 3, 5))
   np.testing.assert_allclose(found.average_precision, z["AP"], atol=1e-5)
+  assert np.nanmean(found.average_precision) == pytest.approx(float(z["mAP"]), abs=1e-5)
   np.testing.assert_allclose(np.nanmean(found.precision, axis=0), z["mP_at_1_3_5"], atol=1e-5)
 
 
@@ -101,6 +104,14 @@ def test_copy_detection_is_the_recorded_one(golden):
   query, database = (pca.whiten(describe(name), whitening=whitening) for name in ("query", "database"))
   np.testing.assert_allclose(query @ database.T, z["similarity"], atol=1e-4)
   relevant = z["query_positive"][:, None] == np.arange(len(database))
-  found = retrieval.score(query @ database.T, judged=retrieval.Judged(relevant, np.zeros_like(relevant)))
+  found = retrieval.score(query @ database.T, judged=retrieval.Judged(relevant, np.zeros_like(relevant)), top=20)
   np.testing.assert_allclose(found.average_precision, z["ap"], atol=1e-5)
   assert np.mean(found.average_precision) == pytest.approx(float(z["map"]), abs=1e-5)
+
+
+def test_what_is_found_after_the_top_ranks_adds_nothing():
+  similarity, relevant = -np.arange(6.0)[None], np.array([[0, 1, 0, 0, 1, 0]], bool)
+  judged = retrieval.Judged(relevant, np.array([[1, 0, 0, 0, 0, 0]], bool))  # junk takes no rank
+  expected = {0: (1 + (1 / 3 + 2 / 4) / 2) / 2, 4: (1 + (1 / 3 + 2 / 4) / 2) / 2, 3: 0.5}
+  for top, value in expected.items():
+    assert retrieval.score(similarity, judged=judged, top=top).average_precision == pytest.approx(value), top

@@ -10,7 +10,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from big_ssl import setup, train
+from big_ssl import setup, start
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.config import InitFrom
 from big_ssl.core.types import UserError
@@ -119,7 +119,7 @@ def test_training_starts_from_an_imported_file_and_its_run_is_exported(tmp_path,
   card = json.loads((tmp_path / "in" / "model.json").read_text())
   assert (card["model"]["patch"], card["model"]["image_size"]) == (patch, side)
   notes = Notes()
-  state = train.start_from(InitFrom(path=str(tmp_path / "in")), started.initial_state(), notes, model=started.method.model)
+  state = start.start_from(InitFrom(path=str(tmp_path / "in")), started.initial_state(), notes, model=started.method.model)
   jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], moved)
   jax.tree.map(np.testing.assert_array_equal, state.extra["teacher"], moved)  # starts as its student does
   assert "as initialized: params/prototypes" in notes.lines[-1]
@@ -150,7 +150,7 @@ def test_show_says_what_is_there_and_what_would_be_read(vit_file, capsys):
 
 def test_a_public_file_in_a_config_is_told_how_to_be_imported(vit_file):
   with pytest.raises(UserError, match=r"python -m big_ssl\.weights import FILE --to=DIR"):
-    train.start_from(InitFrom(path=str(vit_file)), None, Notes(), model=None)
+    start.start_from(InitFrom(path=str(vit_file)), None, Notes(), model=None)
 
 
 def test_shards_of_vissl_are_refused_with_the_command_that_joins_them(tmp_path):
