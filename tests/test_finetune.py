@@ -15,21 +15,6 @@ from big_ssl.evaluate import Extractor
 TINY = engine.SMALL | engine.TINY["vit"] | {"batch_size": 8, "data.train_examples": 120, "data.labels_per_class": 1, "model.drop_path": 0.0}
 
 
-class Notes:
-  def __init__(self):
-    self.lines = []
-
-  def notice(self, line):
-    self.lines.append(line)
-
-  warning = notice
-
-  def timer(self, name):
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
   """The work directory of a tiny MSN run, and its state."""
@@ -47,7 +32,7 @@ def test_a_saved_run_goes_on_with_layers_at_their_own_rates_and_is_scored_by_its
   exact = {"optim.warmup": "0steps", "optim.weight_decay": 0.0, "optim.clip": 0.0, "optim.eps": 1e-12, "method.mixup": 0.0}
   config = engine.load("finetune", **TINY | exact | {"total": "20steps", "init_from.path": str(path), "init_from.tree": "teacher"})
   run = setup.make_run(config, devices=jax.devices()[:1])
-  notes = Notes()
+  notes = engine.Notes()
   state = first = start.start_from(config.init_from, run.initial_state(), notes, model=run.method.model)
   jax.tree.map(np.testing.assert_array_equal, state.params["encoder"]["backbone"], before.extra["teacher"]["backbone"])
   assert notes.lines[-1].endswith("as initialized: params/encoder/head/fc/bias, params/encoder/head/fc/kernel")
@@ -89,7 +74,7 @@ def test_an_epoch_is_over_the_labeled_images_and_the_classes_are_those_of_the_da
 def test_without_a_run_to_start_from_it_trains_from_scratch_and_says_so(tmp_path):
   run = setup.make_run(engine.load("finetune", **TINY), devices=jax.devices()[:1])
   assert run.config.init_from is None
-  notes, checkpointer = Notes(), Checkpointer(tmp_path)
+  notes, checkpointer = engine.Notes(), Checkpointer(tmp_path)
   start.start_state(run, checkpointer, notes)
   checkpointer.close()
   assert "starts from scratch: no config.init_from.path" in notes.lines

@@ -1,6 +1,5 @@
 """A run that starts from the weights of an earlier one, of the same or of another method."""
 
-import contextlib
 
 import engine
 import jax
@@ -72,19 +71,6 @@ def test_what_is_skipped_stays_and_another_backbone_is_an_error_that_names_what_
   warm_start(state(wide), EARLIER, config=InitFrom(path="e", skip="backbone/"), adapt=never)
 
 
-class Notes:
-  def __init__(self):
-    self.lines = []
-
-  def notice(self, line):
-    self.lines.append(line)
-
-  warning = notice
-
-  def timer(self, name):
-    return contextlib.nullcontext()
-
-
 def test_paws_is_fine_tuned_with_the_first_layer_of_its_projection_head(tmp_path):
   earlier = setup.make_run(engine.small("paws", **{"method.hidden_dim": 0}), devices=jax.devices()[:1])
   before = earlier.initial_state()
@@ -93,7 +79,7 @@ def test_paws_is_fine_tuned_with_the_first_layer_of_its_projection_head(tmp_path
   checkpointer.close()
   options = {"method.hidden_layers": 1, "method.zero_init": True, "data.train_examples": 120, "init_from.path": str(tmp_path)}
   run = setup.make_run(engine.small("supervised", **options), devices=jax.devices()[:1])
-  notes = Notes()
+  notes = engine.Notes()
   after = start.start_from(run.config.init_from, run.initial_state(), notes, model=run.method.model)
   assert signature(after) == signature(run.initial_state()) and int(after.step) == 0
   jax.tree.map(np.testing.assert_array_equal, after.params["encoder"]["backbone"], before.params["encoder"]["backbone"])
@@ -116,7 +102,7 @@ def test_a_vit_goes_on_with_other_channels_patches_and_sizes(tmp_path):
   method = setup.make_method(config, num_examples=40, channels=1)
   images = jnp.zeros((2, 2, 64, 64, 1))
   params, extra = method.init(jax.random.key(0), {"views": images})
-  fresh, notes = TrainState(step=jnp.int32(0), params=params, opt_state={}, extra=extra), Notes()
+  fresh, notes = TrainState(step=jnp.int32(0), params=params, opt_state={}, extra=extra), engine.Notes()
   after = start.start_from(config.init_from, fresh, notes, model=method.model)
   kernel = after.params["encoder"]["backbone"]["patch_embed"]["conv"]["kernel"]
   assert kernel.shape == (16, 16, 1, 24) and "patch_embed/conv/kernel [8, 8, 3, 24] to [16, 16, 1, 24]" in notes.lines[-1]
@@ -139,5 +125,5 @@ def test_the_backbone_can_wait_until_a_fresh_head_has_learned(tmp_path):
 
 def test_a_folder_without_checkpoints_is_a_clear_error(tmp_path):
   with pytest.raises(UserError, match="config.init_from.path='.*': not the work directory of a run"):
-    start.start_from(InitFrom(path=str(tmp_path)), state({"encoder": tree(0)}), Notes(), model=None)
+    start.start_from(InitFrom(path=str(tmp_path)), state({"encoder": tree(0)}), engine.Notes(), model=None)
   assert list(tmp_path.iterdir()) == []

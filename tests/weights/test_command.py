@@ -1,6 +1,5 @@
 """`python -m big_ssl.weights`: files in, files out, the way into training, and one clear message for each mistake."""
 
-import contextlib
 import json
 import pickle
 
@@ -91,17 +90,6 @@ def test_half_precision_and_counters_come_back_as_they_were(tmp_path, golden):
   assert all(np.array_equal(again[k], state[k]) and again[k].dtype == state[k].dtype for k in state)
 
 
-class Notes:
-  def __init__(self):
-    self.lines = []
-
-  def notice(self, line):
-    self.lines.append(line)
-
-  def timer(self, name):
-    return contextlib.nullcontext()
-
-
 @pytest.fixture
 def msn_config():
   return engine.small("msn")
@@ -118,7 +106,7 @@ def test_training_starts_from_an_imported_file_and_its_run_is_exported(tmp_path,
   run("import", file, f"--to={tmp_path / 'in'}", "--model.heads=2", "--layout=msn")
   card = json.loads((tmp_path / "in" / "model.json").read_text())
   assert (card["model"]["patch"], card["model"]["image_size"]) == (patch, side)
-  notes = Notes()
+  notes = engine.Notes()
   state = start.start_from(InitFrom(path=str(tmp_path / "in")), started.initial_state(), notes, model=started.method.model)
   jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], moved)
   jax.tree.map(np.testing.assert_array_equal, state.extra["teacher"], moved)  # starts as its student does
@@ -150,7 +138,7 @@ def test_show_says_what_is_there_and_what_would_be_read(vit_file, capsys):
 
 def test_a_public_file_in_a_config_is_told_how_to_be_imported(vit_file):
   with pytest.raises(UserError, match=r"python -m big_ssl\.weights import FILE --to=DIR"):
-    start.start_from(InitFrom(path=str(vit_file)), None, Notes(), model=None)
+    start.start_from(InitFrom(path=str(vit_file)), None, engine.Notes(), model=None)
 
 
 def test_shards_of_vissl_are_refused_with_the_command_that_joins_them(tmp_path):
