@@ -26,7 +26,7 @@ def sprites_run(*, total: str = "700steps") -> dict:
     log_every="50steps",
     data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
     checkpoint=dict(every="350steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True), linear=dict()),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True), linear=dict(), health=dict()),
   )
 
 

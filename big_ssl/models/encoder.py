@@ -177,7 +177,7 @@ def encode_packed(
 
 def crop_major(views: Array) -> Array:
   """[B, V, ...] -> [V*B, ...]: all images of view 0, then of view 1; over a mesh the rows stay spread evenly."""
-  return over_devices(jnp.swapaxes(views, 0, 1).reshape(-1, *views.shape[2:]))
+  return over_devices(jnp.swapaxes(over_devices(views), 0, 1).reshape(-1, *views.shape[2:]))
 
 
 def copy_tree(tree: PyTree) -> PyTree:
