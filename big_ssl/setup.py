@@ -22,7 +22,7 @@ from big_ssl.core import sharding
 from big_ssl.core.config import Config
 from big_ssl.core.method import Inputs, Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
-from big_ssl.core.step import make_step, prepare_streams
+from big_ssl.core.step import check_accumulation, make_step, prepare_streams
 from big_ssl.core.types import Extra, PyTree, TrainState, UserError
 from big_ssl.data import source as source_lib
 from big_ssl.data.balanced import labeled_subset
@@ -267,7 +267,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
   if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
     raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
-  make_method(config)  # config errors before any data is opened
+  check_accumulation(make_method(config), config.optim.accumulate)  # config errors before any data is opened
   evaluators, sources = make_evaluators(config), open_data(config)
   known = sources["train"].labels
   num_classes = int(np.max(known)) + 1 if known is not None and len(known) else 0  # also of classes that no chosen image has

@@ -108,6 +108,12 @@ def _gradients(method: Method, state: TrainState, batch: PyTree, key: Array, acc
   return _Gradients(jax.tree.map(lambda g: g / accumulate, grads), extra, jax.tree.map(jnp.mean, metrics))
 
 
+def check_accumulation(method: Method, accumulate: int) -> None:
+  """Raises `UserError` where microbatches are asked of a method whose loss does not allow them."""
+  if accumulate > 1 and not method.supports_accumulation:
+    raise UserError(f"config.optim.accumulate={accumulate}: {type(method).__name__} does not allow it: {method.accumulation_reason}.")
+
+
 def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: int = 1) -> Callable:
   """Returns `step(state, raw, resident) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -117,8 +123,7 @@ def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: in
   Raises:
     UserError: accumulation asked of a method whose loss does not allow it.
   """
-  if accumulate > 1 and not method.supports_accumulation:
-    raise UserError(f"config.optim.accumulate={accumulate}: {type(method).__name__} does not allow it: {method.accumulation_reason}.")
+  check_accumulation(method, accumulate)
 
   def step(state: TrainState, raw: dict, resident: dict) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
