@@ -18,6 +18,8 @@ from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.evaluate import Extractor, refresh
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Tests compile without optimization, in half the time (conftest). For those whose tolerance is the rounding of what users run:
+OPTIMIZED = {"xla_backend_optimization_level": 3}
 TINY = {
   "vit": {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48},
   "resnet": {"model.stem_width": 8, "model.blocks": (1, 1, 1, 1)},
@@ -116,9 +118,7 @@ class _Compiled:
     self.run = setup.make_run(config, devices=jax.devices()[:devices])
     shapes = (self.run.abstract_state, self.run.raw_spec(), jax.tree.map(_shape, self.run.resident))
     with jax.set_mesh(self.run.mesh):
-      lower = lambda patch: self.run.jit_step(patch).lower(*shapes)
-      # Half the time of the usual optimization; what is compared was compiled alike.
-      self.steps = {patch: lower(patch).compile({"xla_backend_optimization_level": 0}) for patch in self.run.methods}
+      self.steps = {patch: self.run.jit_step(patch).lower(*shapes).compile() for patch in self.run.methods}
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:

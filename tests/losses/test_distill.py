@@ -2,6 +2,7 @@
 
 import pathlib
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +135,7 @@ def test_msn_loss_is_the_same_on_eight_devices():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   rng = np.random.default_rng(1)
   anchors, targets = (rng.normal(size=(n, 8)).astype(np.float32) for n in (48, 16))
-  fn = jax.jit(jax.value_and_grad(lambda a, q, h: msn(a, q, h, sinkhorn=True).total, argnums=(0, 1)))
+  fn = jax.jit(jax.value_and_grad(lambda a, q, h: msn(a, q, h, sinkhorn=True).total, argnums=(0, 1)), compiler_options=engine.OPTIMIZED)
   one = fn(anchors, MSN["prototypes"], targets)
   put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   many = fn(put(anchors, P("data")), put(MSN["prototypes"], P()), put(targets, P("data")))

@@ -88,7 +88,7 @@ def make_step(method, optimizer):
     new = TrainState(step=state.step + 1, params=updated.params, opt_state=updated.opt_state, extra=extra)
     return new, jnp.stack([total, metrics["ce"], metrics["memax"]])
 
-  return jax.jit(step)
+  return jax.jit(step, compiler_options=engine.OPTIMIZED)
 
 
 @pytest.fixture(scope="module")
