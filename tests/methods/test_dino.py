@@ -258,7 +258,7 @@ def make(model=None, **options):
   rng = np.random.default_rng(0)
   views = {v.name: (4, v.count, v.size, v.size, 3) for v in method.inputs().views}
   batch = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in views.items()}
-  params, extra = method.init(jax.random.key(0), batch)
+  params, extra = jax.jit(method.init)(jax.random.key(0), batch)
   return method, params, extra, batch
 
 
@@ -268,7 +268,7 @@ def tiny():
 
 
 def loss_of(method, params, extra, batch, step=0, key=0):
-  return method.loss(params, extra, batch, jax.random.key(key), jnp.int32(step))
+  return engine.loss(method)(params, extra, batch, jax.random.key(key), jnp.int32(step))
 
 
 def test_the_order_of_the_images_changes_neither_loss_nor_center(tiny):

@@ -222,12 +222,12 @@ def tiny():
     hidden_dim=16,
   )
   batch = batch_of()
-  params, extra = method.init(jax.random.key(0), batch)
+  params, extra = jax.jit(method.init)(jax.random.key(0), batch)
   return method, params, extra, batch
 
 
 def loss_of(method, params, extra, batch):
-  return method.loss(params, extra, batch, jax.random.key(0), jnp.int32(0))
+  return engine.loss(method)(params, extra, batch, jax.random.key(0), jnp.int32(0))
 
 
 def test_the_order_of_the_support_and_the_names_of_its_classes_do_not_matter(tiny):
@@ -327,6 +327,6 @@ def test_a_resnet_without_multicrop_trains_too():
     model=ResNet(depth=18, stem="cifar", stem_width=8, blocks=(1, 1, 1, 1)), classes_per_step=3, images_per_class=2, small_views=0, output_dim=8
   )
   batch = batch_of()
-  params, extra = method.init(jax.random.key(0), batch)
+  params, extra = jax.jit(method.init)(jax.random.key(0), batch)
   loss, _ = loss_of(method, params, extra, batch)
   assert np.isfinite(loss) and [v.name for v in method.inputs()["unlabeled"].views] == ["big"]

@@ -1,5 +1,6 @@
 """SeLa-v2: equal partitions of the data set as labels, prototypes that are trained."""
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_prototypes_get_a_gradient_and_are_frozen_at_the_start(tiny):
   method, batch, state = tiny
   labeled, _ = method.refresh(state, no_pass, jax.random.key(0))
   extra = jax.tree.map(jnp.asarray, labeled.extra)
-  grads = jax.grad(lambda p: method.loss(p, extra, batch, jax.random.key(1), state.step)[0])(state.params)
+  grads = jax.jit(jax.grad(lambda p: method.loss(p, extra, batch, jax.random.key(1), state.step)[0]))(state.params)
   assert all(np.any(g) for g in grads["prototypes"].values())
   rule = method.replace(freeze_prototypes=Interval(7, "steps")).param_rules()[0]
   assert rule.pattern == "^prototypes/" and rule.freeze_until == Interval(7, "steps")
@@ -85,7 +86,7 @@ def test_equal_embeddings_are_judged_a_collapse_though_their_labels_are_an_equal
   extra = jax.tree.map(jnp.asarray, method.refresh(state, no_pass, jax.random.key(0))[0].extra)
   same = {k: jnp.broadcast_to(v[:1, :1, :1, :1], v.shape) for k, v in batch.items() if k != "index"} | {"index": batch["index"]}
   judge = lambda images: health.judge(
-    {k: float(v) for k, v in method.loss(state.params, extra, images, jax.random.key(1), state.step)[1][1].items()},
+    {k: float(v) for k, v in engine.loss(method)(state.params, extra, images, jax.random.key(1), state.step)[1][1].items()},
     thresholds=health.HealthConfig(),
   )
   verdict = judge(same)

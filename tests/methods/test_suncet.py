@@ -1,5 +1,6 @@
 """SuNCEt as a method: which statistics move, what the loss is, its trees beside those of PAWS, its errors."""
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,12 @@ def tiny():
   method = SuNCEt(model=WideResNet(depth=10, width=1), label_smoothing=0.1, **sizes)
   big = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 8, 8, 3)), jnp.float32)
   batch = {"big": big, "label": jnp.array([7, 2, 4, 7, 2, 4]), "index": jnp.arange(6)}
-  params, extra = method.init(jax.random.key(0), batch)
+  params, extra = jax.jit(method.init)(jax.random.key(0), batch)
   return method, params, extra, batch
 
 
 def loss_of(method, params, extra, batch):
-  return method.loss(params, extra, batch, jax.random.key(0), jnp.int32(0))
+  return engine.loss(method)(params, extra, batch, jax.random.key(0), jnp.int32(0))
 
 
 def test_the_loss_is_that_of_the_projections_of_all_views(tiny):
