@@ -3,5 +3,5 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/install.sh"
 ACCELERATOR=${ACCELERATOR:-cpu} install requirements.txt requirements-test.txt
-[ $# -gt 0 ] || set -- -q -n 2 --durations=15
+[ $# -gt 0 ] || set -- -q -n 2 --dist loadgroup --durations=15
 JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest "$@"

@@ -19,6 +19,7 @@ from PIL import Image
 from big_ssl import main, setup
 from big_ssl.core.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.xdist_group("cli")  # one uninterrupted run for all
 TINY = [f"--config.{k}={v}" for k, v in (engine.SMALL | engine.TINY["vit"]).items()]
 
 

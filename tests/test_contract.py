@@ -24,7 +24,10 @@ from big_ssl.core.step import make_step, prepare_streams
 from big_ssl.core.types import Interval, UserError
 from big_ssl.evaluate import Extractor, refresh
 
-DEFAULTS = engine.methods()
+# The tests of a method follow each other, on one worker, and share what they compile.
+PER_METHOD = pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in engine.methods()], scope="module"
+)
 ENGINE_FIELDS = {f.name for f in dataclasses.fields(Method)}
 
 
@@ -62,12 +65,12 @@ def shortened(name: str, **overrides):
   return engine.small(name, **{"optim.name": "sgd", "optim.lr": 0.05} | overrides)
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a method follow each other
+@functools.lru_cache(maxsize=1)
 def six_steps(name: str):
   return engine.train_steps(shortened(name))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_steps_are_finite_and_change_every_trained_parameter(name):
   run = setup.make_run(shortened(name), devices=jax.devices()[:1])
   start = run.initial_state()
@@ -87,7 +90,7 @@ def written_as_zeros(jaxpr: jax.extend.core.Jaxpr) -> bool:
   return all(not np.any(v.val) if literal(v) else v in source and made(v) for v in jaxpr.outvars)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_no_gradient_reaches_the_extra_state(name):
   run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
   shapes = (run.abstract_state.params, run.batch_shapes(), jax.random.key(2), jnp.int32(0))
@@ -106,8 +109,13 @@ def test_no_gradient_reaches_the_extra_state(name):
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name,devices", sorted([*((name, 8) for name in DEFAULTS), ("msn", 4)]))
-def test_several_devices_agree_with_one(name, devices):
+@PER_METHOD
+def test_several_devices_agree_with_one(name):
+  for devices in (8, 4) if name == "msn" else (8,):
+    compare_with_one_device(name, devices)
+
+
+def compare_with_one_device(name: str, devices: int) -> None:
   state1, history1 = six_steps(name)
   state, history = engine.train_steps(shortened(name), devices=devices)
   losses, losses1 = (np.array([h["loss"] for h in hs]) for hs in (history, history1))
@@ -117,7 +125,7 @@ def test_several_devices_agree_with_one(name, devices):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_a_run_resumed_in_the_middle_is_bit_equal(name):
   config = shortened(name)
   whole, history = six_steps(name)
@@ -130,7 +138,7 @@ def test_a_run_resumed_in_the_middle_is_bit_equal(name):
   assert engine.leaves_equal(again, whole)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_bfloat16_compute_stays_finite_and_close(name):
   if "dtype" not in config_lib.find("models", engine.load(name).model["name"], setup.Backbone, path="config.model").__dataclass_fields__:
     pytest.fail("every backbone has a compute dtype")
@@ -235,7 +243,7 @@ def read_by_refresh(run: setup.Run) -> set[str]:
   return read
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_every_field_of_a_method_has_an_effect(name, tmp_path):
   # The fields of one block are those of all; segmentation's `layers` needs two.
   shallow = {"model.depth": 1} if engine.load(name).model["name"] == "vit" and name != "segmentation" else {}
@@ -268,7 +276,7 @@ def test_every_field_of_a_method_has_an_effect(name, tmp_path):
   assert not dead, f"fields without effect: {dead}"
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_features_are_finite_for_every_held_out_image(name):
   run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
   extract = Extractor(run)
@@ -277,7 +285,7 @@ def test_features_are_finite_for_every_held_out_image(name):
   assert out.features.shape[0] == len(run.sources["eval"]) and np.isfinite(out.features).all()
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@PER_METHOD
 def test_the_trunk_is_the_backbone_whose_features_are_evaluated(name):
   run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
   state = run.initial_state()

@@ -107,7 +107,7 @@ class Logger:
     """Seconds and share of every part, and images per second of training (data and step alone)."""
     seconds = self.seconds()
     wall = sum(seconds.values())
-    rows = [(part, f"{s:.1f}", f"{s / max(wall, 1e-9):.1%}") for part, s in seconds.items()]
+    rows = [(part, f"{s:.1f}", f"{s / max(wall, 1e-9):.1%}") for part, s in seconds.items() if part != "refresh" or s]
     text = _columns(("time", "seconds", "share"), [*rows, ("wall", f"{wall:.1f}", "")])
     steps, training = self._last_step - self._first_step, seconds["data"] + seconds["step"]
     if steps > 0:
