@@ -25,7 +25,7 @@ def test_a_mapping_is_read_as_python_or_as_json(text):
 
 def test_an_evaluator_is_left_out_by_none_and_anything_else_is_a_clear_error():
   run = setup.make_run(engine.small("simclr", **{"evals.linear": None}), devices=jax.devices()[:1])
-  assert set(run.evaluators) == {"knn"}
+  assert set(run.evaluators) == {"knn", "health"}
   with pytest.raises(UserError, match="config.evals.linear=3: expected keys and values, or none"):
     setup.make_run(engine.small("simclr", **{"evals.linear": 3}), devices=jax.devices()[:1])
 

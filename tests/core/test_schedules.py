@@ -2,6 +2,7 @@
 
 import pathlib
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ def check(curve, golden, *, steps=None):
   """`curve(step, xp)` is the golden to 1e-12 in numpy, and to 1e-6 of the largest value as a traced function."""
   steps = np.arange(len(golden)) if steps is None else steps
   np.testing.assert_allclose(curve(steps, np), golden, rtol=1e-12, atol=1e-15)
-  traced = jax.jit(jax.vmap(lambda i: curve(i, jnp)))(jnp.asarray(steps, jnp.int32))
+  traced = jax.jit(jax.vmap(lambda i: curve(i, jnp)), compiler_options=engine.OPTIMIZED)(jnp.asarray(steps, jnp.int32))
   assert traced.dtype == jnp.float32
   np.testing.assert_allclose(traced, golden, rtol=1e-6, atol=1e-9)
 

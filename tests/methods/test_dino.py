@@ -121,7 +121,7 @@ def test_the_official_training_loop_is_reproduced(golden, name, devices):
   mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
   state = jax.device_put(state, NamedSharding(mesh, P()))
 
-  @functools.partial(jax.jit, compiler_options=engine.OPTIMIZED)
+  @jax.jit
   def step(state, batch):
     loss = functools.partial(method.loss, batch=batch, rng=jax.random.key(0), step=state.step)
     (total, (extra, metrics)), grads = jax.value_and_grad(lambda p: loss(p, state.extra), has_aux=True)(state.params)
