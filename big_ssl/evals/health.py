@@ -42,7 +42,7 @@ class FeatureHealth(Evaluator):
     every = extract("eval", output=self.output)
     check_finite(every, name=self.output)
     if len(every.features) < 2:
-      return Report({}, f"feature health not computed: {len(every.features)} held-out images, at least 2 are needed")
+      return Report({}, f"feature health not computed: {len(every.features)} evaluation images, at least 2 are needed")
     used = self._draw(every)
     x = unit(np.asarray(used.features, np.float64))
     values = spectrum(x)
@@ -69,7 +69,7 @@ class FeatureHealth(Evaluator):
     source = f", {used.source}" if used.source else ""
     return (
       f"feature health, output '{self.output}' ({used.features.shape[1]} dimensions, l2-normalized) of the evaluation"
-      f" view without augmentation, {len(used.features)} of {count} held-out images; uniformity t={self.t:g} over all"
+      f" view without augmentation, {len(used.features)} of {count} evaluation images; uniformity t={self.t:g} over all"
       f" pairs, {pairs}, ranks of the centered features, a dimension is used if its deviation is at least {UNUSED:g} of"
       f" the root mean square over dimensions{source}"
     )

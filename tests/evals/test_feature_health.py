@@ -86,7 +86,7 @@ def test_the_protocol_names_what_was_measured_and_max_images_and_t_have_an_effec
 def test_too_few_images_give_no_number_and_diverged_ones_an_error():
   one = lambda split, **kw: Features(np.ones((1, 4), np.float32), None, np.arange(1))
   report = FeatureHealth()(one)
-  assert report.metrics == {} and "1 held-out images" in report.protocol
+  assert report.metrics == {} and "1 evaluation images" in report.protocol
   bad = features().features.copy()
   bad[4, 2] = np.inf
   with pytest.raises(UserError, match="'pooled' is not finite for 1 of 90"):
