@@ -8,6 +8,8 @@ import os
 import pathlib
 import sys
 
+from big_ssl.core.command import exit_code
+
 DESCRIPTION = """Self-supervised vision in JAX: every system on one engine.
 
 Any config key is a flag: --config.optim.lr=3e-4 --config.total=40steps
@@ -158,16 +160,9 @@ def _read(run, workdir: pathlib.Path, args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
   args, overrides = parse(sys.argv[1:] if argv is None else argv)
-  from big_ssl.core.types import UserError
-
-  try:
-    return run_mode(args, overrides)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:  # before the loop listens, or a second time in it
-    print("interrupted; what was saved before is intact, run the same command to continue", file=sys.stderr)
-    return 130
+  # Ctrl-C before the loop listens, or a second time in it.
+  told = "interrupted; what was saved before is intact, run the same command to continue"
+  return exit_code(lambda: run_mode(args, overrides), interrupted=told)
 
 
 if __name__ == "__main__":

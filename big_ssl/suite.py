@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from big_ssl.core.command import exit_code
+
 _DATA_KEYS = {"data": "source", "data_dir": "dir", "split": "split", "eval_split": "eval_split", "eval_examples": "eval_examples"}
 
 
@@ -251,13 +253,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", default="", help="folder of the tables; default WORKDIR/suite")
   parser.add_argument("--step", type=int, default=None, help="of the checkpoint; default the newest")
   args = parser.parse_args(argv)
-  from big_ssl.core.types import UserError
-
-  try:
-    return run_suite(args)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return exit_code(lambda: run_suite(args))
 
 
 if __name__ == "__main__":

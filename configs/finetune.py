@@ -179,9 +179,9 @@ def seer_1pct() -> dict:
   )
 
 
-def seer_10pct(part: str = "10pct") -> dict:
+def seer_10pct() -> dict:
   """The same with 10 % of the labels: 76.7 (256GF 77.9)."""
-  return seer_1pct() | dict(data=dict(source=f"tfds:imagenet2012_subset/{part}"))
+  return seer_1pct() | dict(data=dict(source="tfds:imagenet2012_subset/10pct"))
 
 
 def seer_low_shot() -> dict:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
   "models": ("core.types", "core.packing", "losses", "ops", "augment", "models"),
   "weights": ("core.types", "models", "weights"),
   "weights.transfer": ("core.types", "core.config", "core.checkpoint", "models", "weights"),
-  "weights.__main__": ("core.types", "core.checkpoint", "weights"),
+  "weights.__main__": ("core.types", "core.checkpoint", "core.command", "weights"),
   "methods": (
     *("core.types", "core.method", "core.health", "core.packing", "core.schedules"),
     *("losses", "ops", "augment", "models", "methods"),

@@ -19,7 +19,7 @@ import pathlib
 import platform
 import sys
 
-from big_ssl.core.types import UserError
+from big_ssl.core.command import exit_code
 
 _WHAT = ("input", "step", "model", "eval", "costs")
 
@@ -41,17 +41,17 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
   parser.add_argument("--json", default="", help="also write the numbers here")
   args = parser.parse_args(argv)
-  try:
-    result = importlib.import_module(f"big_ssl.benchmark.{args.what}").bench(args)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+  """Measures, prints the table and writes the JSON."""
+  result = importlib.import_module(f"big_ssl.benchmark.{args.what}").bench(args)
   result |= {"machine": platform.processor() or platform.machine()} if result else {}
   for key, value in result.items():
     print(f"{key:<40} {value:.2f}" if isinstance(value, float) else f"{key:<40} {value}")
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-  return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from big_ssl.core.types import UserError
+from big_ssl.core.command import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,12 +16,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   from big_ssl.report.write import write_page
 
-  try:
-    print(write_page(args.workdir, to=args.out))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+  return exit_code(lambda: print(write_page(args.workdir, to=args.out)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import pathlib
 import re
 import sys
 
+from big_ssl.core.command import exit_code
+
 NAMES = ("attention", "pca", "neighbors", "prototypes", "embedding", "views")
 _SPELLINGS = {"neighbours": "neighbors"}
 
@@ -70,13 +72,7 @@ def run(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
   args, overrides = parse(sys.argv[1:] if argv is None else argv)
-  from big_ssl.core.types import UserError
-
-  try:
-    return run(args, overrides)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return exit_code(lambda: run(args, overrides))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from big_ssl import __version__
 from big_ssl.core.checkpoint import quiet_storage
+from big_ssl.core.command import exit_code
 from big_ssl.core.types import UserError
 from big_ssl.weights import export as export_lib
 from big_ssl.weights import hugging_face, transfer
@@ -212,11 +213,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parse(sys.argv[1:] if argv is None else argv)
   quiet_storage()
   try:
-    {"import": import_file, "export": export_directory, "show": show_file}[args.command](args)
-    return 0
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    return exit_code(lambda: {"import": import_file, "export": export_directory, "show": show_file}[args.command](args))
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
     sys.stderr.close()
     return 0
