@@ -109,7 +109,8 @@ class Logger:
     wall = sum(seconds.values())
     rows = [(part, f"{s:.1f}", f"{s / max(wall, 1e-9):.1%}") for part, s in seconds.items() if part != "refresh" or s]
     text = _columns(("time", "seconds", "share"), [*rows, ("wall", f"{wall:.1f}", "")])
-    steps, training = self._last_step - self._first_step, seconds["data"] + seconds["step"]
+    # Until the last line: a run that is stopped between lines has worked on steps that none has counted.
+    steps, training = self._last_step - self._first_step, self._last["data"] + self._last["step"]
     if steps > 0:
       text += f"\n{steps * self._batch_size / max(training, 1e-9):,.0f} images/s over {steps} steps"
     return text
