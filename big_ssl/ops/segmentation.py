@@ -81,7 +81,10 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, *, shape: tuple[int, int]) -> np.ndarray:
-  """[h, w] by nearest neighbors at `shape`: pixel i reads floor((i + 1/2) old / new); PIL adds up float steps, and where they fall just short reads the one before."""
+  """[h, w] by nearest neighbors at `shape`: pixel i reads floor((i + 1/2) old / new).
+
+  PIL adds up float steps, and where these fall just short it reads the pixel before.
+  """
   rows, columns = (((2 * np.arange(new) + 1) * old) // (2 * new) for old, new in zip(mask.shape, shape, strict=True))
   return mask[rows[:, None], columns]
 
