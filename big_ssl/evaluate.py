@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from big_ssl.data import davis
 from big_ssl.data.clips import Clip
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource, open_folder
-from big_ssl.evals.base import Features, Output
+from big_ssl.evals.base import Crop, Features, Output
 from big_ssl.feature_cache import FeatureCache, MemoryCache, Stored, key_of, output_name
 from big_ssl.models import dense
 from big_ssl.ops.fingerprint import fingerprint
@@ -47,10 +47,8 @@ class Extractor:
     self._kept = kept
     self._current = MemoryCache(max_bytes=memory_bytes)
     self._fingerprints: dict[str, str] = {}
-    self._features = jax.jit(make_features(run.method), static_argnames=())
     self._constant: dict[tuple[str, Output, str], Features] = {}
     self._random: TrainState | None = None
-    self._pipelines: dict[str, Pipeline] = {}
     self._resident: dict[str, Any] = {}
     self._functions: dict[Any, Any] = {}
     self._folders: dict[str, DataSource] = {}
@@ -72,9 +70,13 @@ class Extractor:
     self._current.clear()
     self._fingerprints.pop("current", None)
 
-  def __call__(self, split: str, *, output: Output = "pooled", weights: str = "current") -> Features:
+  def __call__(
+    self, split: str, *, output: Output = "pooled", weights: str = "current", crop: Crop | None = None
+  ) -> Features:
     """Args: split: "train" or "eval"; output: a key of `Method.features`, a function of the trunk, or "pixels"; weights:
-    "current" or "random"."""
+    "current" or "random"; crop: instead of the evaluation view's, and nothing is remembered."""
+    if crop is not None:
+      return self._labeled_rows(split, self._compute(split, output, self._weights(weights), crop))
     key = (split, output, weights)
     if key in self._constant:
       return self._constant[key]
@@ -111,7 +113,7 @@ class Extractor:
   def apply(self, function: Callable[[Trunk, Array], PyTree], images: np.ndarray, *, weights: str = "current") -> PyTree:
     """`evals.base.Extract.apply`: the rows are spread over the devices, and gathered."""
     run, count = self._run, len(images)
-    state = self._random_state() if weights == "random" else self.state
+    state = self._weights(weights)
     if function not in self._functions:
       self._functions[function] = jax.jit(functools.partial(_on_trunk, run.method, function))
     padded = np.concatenate([images, np.zeros((-count % run.mesh.size, *images.shape[1:]), images.dtype)])
@@ -150,18 +152,22 @@ class Extractor:
         rows.append(_gather(self._functions[function, views](state.params, state.extra, sharding.make_global(run.mesh, raw), resident, step_key)))
     return np.concatenate(rows)[: len(run.sources[split])]
 
-  def _random_state(self) -> TrainState:
+  def _weights(self, weights: str) -> TrainState:
+    if weights != "random":
+      return self.state
     if self._random is None:
       self._random = self._run.initial_state()
     return self._random
 
-  def _pipeline(self, split: str) -> Pipeline:
-    if split not in self._pipelines:
-      run = self._run
-      inputs = Inputs(views=(run.method.eval_view(),), source=split, sampler=Sequential())
-      pipeline = make_pipeline(run.config, run.sources[split], inputs, mesh=run.mesh, stream=f"eval/{split}")
-      self._pipelines[split] = pipeline
-    return self._pipelines[split]
+  def _pipeline(self, split: str, crop: Crop | None) -> Pipeline:
+    run, inputs = self._run, Inputs(views=(self._view(crop),), source=split, sampler=Sequential())
+    # Boxes are drawn by the name of the stream.
+    stream = f"eval/{split}" + (f"/crop {crop.seed} {crop.epoch}" if crop else "")
+    return make_pipeline(run.config, run.sources[split], inputs, mesh=run.mesh, stream=stream)
+
+  def _view(self, crop: Crop | None) -> View:
+    view = self._run.method.eval_view()
+    return crop.of(view) if crop else view
 
   def _placed(self, split: str, pipeline: Pipeline) -> Any:
     """The images of an in-memory source on the devices, once; None for others."""
@@ -175,29 +181,22 @@ class Extractor:
   def _steps(self, split: str) -> int:
     return -(-len(self._run.sources[split]) // self._run.config.batch_size)
 
-  def batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-    """This process's raw rows of `split`, in order; "valid" marks the rows that count."""
-    pipeline = self._pipeline(split)
-    for _, raw in pipeline.iterate(0, self._steps(split)):
-      yield raw
-
-  def _forward(self, output: Output) -> Callable:
-    """The compiled outputs of the evaluation view by name."""
-    if isinstance(output, str):
-      return self._features
-    if ("view", output) not in self._functions:
-      inputs = Inputs(views=(self._run.method.eval_view(),))
+  def _forward(self, output: Output, view: View) -> Callable:
+    """The compiled outputs of the evaluation view, or of a crop of its kind, by name."""
+    key = (None if isinstance(output, str) else output, view)
+    if key not in self._functions:
+      inputs = Inputs(views=(view,))
 
       def forward(params: Params, extra: Extra, raw: dict[str, Array], resident: Array | None) -> dict[str, Array]:
         images = prepare(inputs, raw, resident, jax.random.key(0))["image"][:, 0]
         return {str(output): output(self._run.method.trunk(params, extra), images)}
 
-      self._functions["view", output] = jax.jit(forward)
-    return self._functions["view", output]
+      self._functions[key] = jax.jit(make_features(self._run.method, view) if isinstance(output, str) else forward)
+    return self._functions[key]
 
   def _stored(self, split: str, output: Output, weights: str) -> Stored:
     """From the files that are kept where every process has them, else computed, and kept."""
-    compute = lambda: self._compute(split, output, self._random_state() if weights == "random" else self.state)
+    compute = lambda: self._compute(split, output, self._weights(weights))
     key = self._key(split, output, weights)
     if self._kept is None or key is None:
       return compute()
@@ -221,18 +220,19 @@ class Extractor:
     """Names the weights; "pixels" need none."""
     if weights == "pixels":
       return weights
-    state = self._random_state() if weights == "random" else self.state
+    state = self._weights(weights)
     if weights not in self._fingerprints:
       self._fingerprints[weights] = fingerprint((state.params, state.extra), mesh=self._run.mesh)
     return f"random-{self._fingerprints[weights]}" if weights == "random" else f"step{int(state.step)}-{self._fingerprints[weights]}"
 
-  def _compute(self, split: str, output: Output, state: TrainState) -> Stored:
-    run, name = self._run, str(output)
+  def _compute(self, split: str, output: Output, state: TrainState, crop: Crop | None = None) -> Stored:
+    run, name, forward = self._run, str(output), self._forward(output, self._view(crop))
+    pipeline = self._pipeline(split, crop)
     rows, indices, valids = [], [], []
     with jax.set_mesh(run.mesh):
-      for raw in self.batches(split):
-        resident = self._placed(split, self._pipeline(split))
-        out = self._forward(output)(state.params, state.extra, sharding.make_global(run.mesh, raw), resident)
+      resident = self._placed(split, pipeline)
+      for _, raw in pipeline.iterate(0, self._steps(split)):
+        out = forward(state.params, state.extra, sharding.make_global(run.mesh, raw), resident)
         if name not in out:
           known = ", ".join(sorted(out))
           raise UserError(f"config.evals: output={name!r} is none of config.method.name={run.config.method['name']}.{nearest(name, out)} It has {known}.")

@@ -21,8 +21,10 @@ from big_ssl.evaluate import Extractor, refresh
 ROOT = pathlib.Path(__file__).parents[1]
 # Tests compile without optimization, in half the time (conftest). For those whose tolerance is the rounding of what users run:
 OPTIMIZED = {"xla_backend_optimization_level": 3}
+_TINY_VIT = {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48}
 TINY = {
-  "vit": {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48},
+  "vit": _TINY_VIT,
+  "navit": _TINY_VIT,
   "resnet": {"model.stem_width": 8, "model.blocks": (1, 1, 1, 1)},
 }
 SMALL = {

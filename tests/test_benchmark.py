@@ -28,6 +28,21 @@ def test_the_input_path_is_timed_beside_pillow(tmp_path):
   )
 
 
+def test_packed_images_are_timed_beside_squares_with_as_many_tokens(tmp_path):
+  fields = '{"variant": "custom", "width": 8, "depth": 1, "heads": 1, "mlp_dim": 8, "patch": 64}'
+  found = run(tmp_path, "packing", f"--fields={fields}", "--size=192", "--tokens=128")
+  assert found["squares: tokens of an image"] == 3 * 3 and found["squares: padding"] == 0
+  assert found["packed: padding"] < 0.1 < found["padded: padding"]
+  assert found["packed, tokens dropped: tokens of an image"] < found["packed: tokens of an image"] < 4 * 4
+  assert found["packed: img/s to squares"] == pytest.approx(found["packed: img/s"] / found["squares: img/s"])
+
+
+@pytest.mark.parametrize(("flag", "message"), [('--fields={"name": "vit"}', "expected a navit, found vit"), ("--size=1000", "at most --tokens=2560 patches"), ("--tokens=300", "at least 512")])
+def test_a_packing_that_cannot_be_is_one_clear_line(flag, message, capsys):
+  assert main(["packing", flag]) == 2
+  assert message in capsys.readouterr().err
+
+
 def test_a_search_is_timed_beside_a_matmul_and_its_memory_is_planned(tmp_path):
   found = run(tmp_path, "eval", "--queries=100", "--bank=3000", "--dim=16", "--k=5")
   gflops = 2 * 100 * 3000 * 16 / found["k-NN s"] / 1e9

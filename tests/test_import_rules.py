@@ -34,7 +34,7 @@ MAY_IMPORT = {
     *("core.types", "core.method", "core.health", "core.packing", "core.schedules"),
     *("losses", "ops", "augment", "models", "methods"),
   ),
-  "evals": ("core.types", "core.method", "core.resampling", "core.schedules", "losses", "ops", "augment", "models", "evals"),
+  "evals": ("core.types", "core.method", "core.packing", "core.resampling", "core.schedules", "losses", "ops", "augment", "models", "evals"),
   "data": ("core.types", "core.method", "core.packing", "core.resampling", "data"),
   "configs": ("core.types",),
 }

@@ -32,7 +32,8 @@ BACKBONES = {
 # What a method asks of a backbone, and the words of the refusal.
 _TOKENS = "config.model: LOCA needs a ViT"
 REFUSED = {("loca", name): _TOKENS for name in BACKBONES if name not in ("vit", "flexivit", "vit22b")}
-REFUSED |= {("navit", name): "config.model.name: packed sequences need navit" for name in BACKBONES if name != "navit"}
+_PACKED = "config.model.name: packed sequences need navit"
+REFUSED |= {(method, name): _PACKED for method in ("navit", "navit_contrastive") for name in BACKBONES if name != "navit"}
 
 
 def test_every_backbone_takes_part():

@@ -37,9 +37,8 @@ def cut(
     sizes: [B, 2] height and width of the image on the canvas. None resizes the crop (training, `crop` other than
       "center"); given, the filter reads the image around the box too, as resizing the image and then cutting the
       crop does (`crop="center"`; without it the outermost pixels are up to 5 gray levels off, inside 1).
-
-    extent: [B, V, 2] height and width in pixels that each crop gets, in the top left of `size`, which is black elsewhere;
-      None is all of it.
+    extent: [B, V, 2] height and width in pixels that each crop gets, in the top left of `size`; None is all of it. Elsewhere
+      is the mean color of the crop, so that contrast is about its own mean, and blur brings in no black (own choice).
 
   Returns:
     [B, V, h, w, C] float32 in [0, 1].
@@ -59,4 +58,13 @@ def cut(
   precision = jax.lax.Precision.HIGHEST  # TF32 and bf16 products lose gray levels
   rows = jnp.einsum("bvyh,bchw->bvycw", weights_y, image, precision=precision)
   views = jnp.einsum("bvycw,bvxw->bvycx", rows, weights_x, precision=precision)
-  return jnp.clip(jnp.moveaxis(views, -2, -1), 0.0, 1.0)
+  views = jnp.clip(jnp.moveaxis(views, -2, -1), 0.0, 1.0)
+  return views if extent is None else _filled(views, extent)
+
+
+def _filled(views: Array, extent: Array) -> Array:
+  """Views [B, V, h, w, C] that are 0 beyond `extent` [B, V, 2], with the mean color of the rest there."""
+  rows, columns = (jnp.arange(n) < extent[..., i, None] for i, n in enumerate(views.shape[2:4]))
+  inside = rows[..., :, None] & columns[..., None, :]
+  mean = jnp.sum(views, axis=(2, 3), keepdims=True) / jnp.prod(extent, axis=-1)[..., None, None, None]
+  return jnp.where(inside[..., None], views, mean)

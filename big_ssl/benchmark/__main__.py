@@ -5,6 +5,8 @@
   step    the training step of a small ViT, beside the same step in PyTorch where torch is installed
   model   images per second and the share of the device's peak of a backbone's forward and backward pass, its compilation
           with and without scanned layers, beside timm's where torch and timm are installed
+  packing images per second and padding of images of native aspect packed as in NaViT, beside squares of --size and padded
+          single images, with as many tokens in a step
   eval    exact k-NN of 50,000 queries against a bank of 1.28M x 384 (synthetic): time, memory, and its share of the
           speed of a plain matrix product
   costs   parameters, FLOPs and activation bytes of every variant, computed and not measured
@@ -21,7 +23,7 @@ import sys
 
 from big_ssl.core.command import exit_code
 
-_WHAT = ("input", "step", "model", "eval", "costs")
+_WHAT = ("input", "step", "model", "packing", "eval", "costs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("what", choices=_WHAT)
   parser.add_argument("--data", default="", help="input: folder of JPEG files; default: made from the embedded sprites")
   parser.add_argument("--model", default="vit", help="model: a name in big_ssl/models")
-  parser.add_argument("--fields", default="{}", help='model: further fields of config.model as JSON, {"variant": "S"}')
+  parser.add_argument("--fields", default="{}", help='model, packing: further fields of config.model as JSON, {"variant": "S"}')
   parser.add_argument("--timm", default="", help="model: the name there, such as vit_small_patch16_224")
-  parser.add_argument("--size", type=int, default=224, help="model, costs: side of the images")
+  parser.add_argument("--size", type=int, default=224, help="model, costs, packing: side of the images")
+  parser.add_argument("--tokens", type=int, default=2560, help="packing: tokens of a step")
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--canvas", type=int, default=512)
   parser.add_argument("--queries", type=int, default=50_000, help="eval: queries of the k-NN")

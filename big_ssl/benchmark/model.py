@@ -28,7 +28,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
   compiled = None
   for label, network in _scanned_or_not(model).items():
     start = time.perf_counter()
-    compiled = jax.jit(_gradient(network)).lower(variables, images).compile()
+    compiled = jax.jit(gradient(network)).lower(variables, images).compile()
     result[f"compilation{label} s"] = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -57,17 +57,19 @@ def _scanned_or_not(model: Backbone) -> dict[str, Backbone]:
   return {label(scan): model.clone(scan=scan) for scan in (not model.scan, model.scan)}
 
 
-def _gradient(model: Backbone) -> Callable:
+def gradient(model: Backbone) -> Callable:
+  """f(variables, images): the gradient, with respect to the parameters, of the mean square of "pooled" in training mode."""
+
   def loss(params: Any, rest: Any, images: jax.Array) -> jax.Array:
     rngs = {"drop_path": jax.random.key(0), "dropout": jax.random.key(1)}
     out, _ = model.apply({"params": params} | rest, images, train=True, rngs=rngs, mutable=["batch_stats"])
     return jnp.mean(out["pooled"].astype(jnp.float32) ** 2)
 
-  def gradient(variables: Any, images: jax.Array) -> Any:
+  def of(variables: Any, images: jax.Array) -> Any:
     rest = {k: v for k, v in variables.items() if k != "params"}
     return jax.grad(loss)(variables["params"], rest, images)
 
-  return gradient
+  return of
 
 
 def _timm_gradient(args: argparse.Namespace) -> Callable[[], int] | None:

@@ -83,6 +83,29 @@ class Packing:
     return self.max_grid or 2 * -(-self.side[1] // self.patch)
 
 
+def target_grid(sizes: np.ndarray, *, patch: int | tuple[int, int], max_tokens: int | np.ndarray) -> np.ndarray:
+  """The largest grid of at most `max_tokens` patches that keeps the aspect: NaFlex's rule (arXiv 2502.14786, section 2.4; public code).
+
+  The largest ratio r with ceil(H r / p) ceil(W r / p) <= max_tokens, by bisection of (1e-6, 100) down to 1e-5.
+
+  Args:
+    sizes: [n, 2] height and width in pixels.
+    patch: side of a patch in pixels, or height and width.
+    max_tokens: one number, or [n].
+
+  Returns:
+    [n, 2] int64 patches; at least 1 per side.
+  """
+  sizes, patch = np.asarray(sizes, np.float64), np.asarray(patch)
+  low, high = np.full(len(sizes), 1e-6), np.full(len(sizes), 100.0)
+  grid = lambda ratio: np.maximum(np.ceil(sizes * ratio[:, None] / patch), 1).astype(np.int64)
+  while len(sizes) and (high - low).max() >= 1e-5:
+    ratio = (low + high) / 2
+    fits = grid(ratio).prod(axis=1) <= max_tokens
+    low, high = np.where(fits, ratio, low), np.where(fits, high, ratio)
+  return grid(low)
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
   """Where images went, [n] int32 each: sequence, number of the image inside it, first token; -1 where none had room."""

@@ -13,7 +13,7 @@ import optax
 from big_ssl.augment import apply as augment
 from big_ssl.augment import resample
 from big_ssl.core.health import first_nonfinite
-from big_ssl.core.method import Inputs, Method, as_streams
+from big_ssl.core.method import Inputs, Method, View, as_streams
 from big_ssl.core.optim import Optimizer
 from big_ssl.core.types import Array, Metrics, PyTree, TrainState, UserError
 
@@ -147,9 +147,12 @@ def make_step(method: Method, optimizer: Optimizer, *, seed: int, accumulate: in
   return step
 
 
-def make_features(method: Method) -> Callable:
-  """Returns `features(params, extra, raw, resident) -> {"pooled": [B, D], "pixels": [B, h*w*C], ...}` for evaluation."""
-  inputs = Inputs(views=(method.eval_view(),))
+def make_features(method: Method, view: View | None = None) -> Callable:
+  """Returns `features(params, extra, raw, resident) -> {"pooled": [B, D], "pixels": [B, h*w*C], ...}` for evaluation.
+
+  `view`, whose name is "image" too, stands for the evaluation view.
+  """
+  inputs = Inputs(views=(view or method.eval_view(),))
 
   def features(params: PyTree, extra: PyTree, raw: dict[str, Array], resident: Array | None) -> dict[str, Array]:
     batch = prepare(inputs, raw, resident, jax.random.key(0))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from big_ssl.core.method import View
 from big_ssl.core.types import Interval, UserError
 
 
@@ -36,6 +38,41 @@ class Features:
   def __post_init__(self):
     if math.prod(self.shape) != self.features.shape[-1] or not self.shape:
       object.__setattr__(self, "shape", self.features.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Crop:
+  """How images are cropped and flipped anew instead of being seen in the evaluation view, whose size and photometric
+  operations they keep.
+
+  Attributes:
+    kind, scale, ratio, flip, interpolation, center_fraction: `crop` and the others of a `core.method.View`; the values
+      here are those of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    seed, epoch: each has its own boxes and flips, which are also a function of the run's seed and the image's number.
+  """
+
+  kind: Literal["random_resized", "scaled"] = "random_resized"
+  scale: tuple[float, float] = (0.08, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  flip: float = 0.5
+  interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+  center_fraction: float = 1.0
+  seed: int = 0
+  epoch: int = 0
+
+  def __str__(self) -> str:
+    low, high = self.scale
+    if self.kind == "scaled":
+      share = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+      size = f"the view's size out of images resized to {share} times it / {self.center_fraction:g}"
+    else:
+      size = f"{low:g} to {high:g} of the area, aspect {self.ratio[0]:.3g} to {self.ratio[1]:.3g}, resized"
+    return f"random crops ({size}, {self.interpolation}), flipped with p {self.flip:g}"
+
+  def of(self, view: View) -> View:
+    """The evaluation view `view` with this geometry."""
+    names = ("scale", "ratio", "flip", "interpolation", "center_fraction")
+    return dataclasses.replace(view, crop=self.kind, **{name: getattr(self, name) for name in names})
 
 
 # A key of `Method.features` or a function of a `core.method.Trunk` and the images of the evaluation view, with a name
@@ -93,10 +130,13 @@ class Extract(Protocol):
   """What an evaluator sees of a run: features of whole splits, and for dense evaluations the images and the backbone.
 
   `output` is a key of `Method.features`, a function of the trunk (`Output`), or "pixels", the evaluation view itself;
-  `weights` "random" is the initialization.
+  `weights` "random" is the initialization. With a `crop` the images are cropped and flipped by it: the same rows, the same
+  numbers for any mesh, computed at every call and never kept.
   """
 
-  def __call__(self, split: Split, *, output: Output = "pooled", weights: Weights = "current") -> Features: ...
+  def __call__(
+    self, split: Split, *, output: Output = "pooled", weights: Weights = "current", crop: Crop | None = None
+  ) -> Features: ...
 
   def images(self, split: Split) -> Images:
     """The images as decoded, at their own sizes."""
@@ -174,11 +214,16 @@ class Evaluator(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Labeled features to fit on and to score, and the prefix of their metrics."""
+  """Labeled features to fit on and to score, and the prefix of their metrics.
+
+  Attributes:
+    cropped: features of the training images, rows as in `train`, when they are cropped and flipped anew.
+  """
 
   prefix: str
   train: Features
   held_out: Features
+  cropped: Callable[[Crop], Features]
 
 
 def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair]:
@@ -193,9 +238,16 @@ def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair
     train, held_out = (labeled(extract(split, output=name, weights=weights), name=name) for split in ("train", "eval"))
     if train is None or held_out is None:
       return
-    if name == "pixels":
-      train, held_out = _standardize(train, held_out)
-    yield Pair(prefix, train, held_out)
+    scale = _scale(train, name=name)
+    cropped = functools.partial(_cropped, extract, scale=scale, output=name, weights=weights)
+    train = scale(train)
+    yield Pair(prefix, train, scale(held_out), cropped)
+
+
+def _cropped(
+  extract: Extract, crop: Crop, *, scale: Callable[[Features], Features], output: Output, weights: Weights
+) -> Features:
+  return scale(labeled(extract("train", output=output, weights=weights, crop=crop), name=output))
 
 
 def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator[tuple[str, Features]]:
@@ -208,7 +260,7 @@ def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator
     found = labeled(extract("eval", output=name, weights=weights), name=name)
     if found is None:
       return
-    yield prefix, _standardize(found, found)[1] if name == "pixels" else found
+    yield prefix, _scale(found, name=name)(found)
 
 
 def _kinds(output: Output, baselines: bool) -> list[tuple[str, Output, Weights]]:
@@ -244,11 +296,12 @@ def take(features: Features, rows: np.ndarray) -> Features:
   return dataclasses.replace(features, **{k: None if v is None else v[rows] for k, v in values.items()})
 
 
-def _standardize(train: Features, held_out: Features) -> tuple[Features, Features]:
-  """Each dimension less its mean over the training images, divided by its deviation there."""
+def _scale(train: Features, *, name: Output) -> Callable[[Features], Features]:
+  """Of pixels each dimension less its mean over the training images, divided by its deviation there; others as they are."""
+  if name != "pixels":
+    return lambda f: f
   mean, std = train.features.mean(0), train.features.std(0) + 1e-6
-  scale = lambda f: dataclasses.replace(f, features=(f.features - mean) / std)
-  return scale(train), scale(held_out)
+  return lambda f: dataclasses.replace(f, features=(f.features - mean) / std)
 
 
 def unit(x: np.ndarray) -> np.ndarray:

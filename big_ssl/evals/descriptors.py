@@ -126,7 +126,7 @@ class Describing:
       for row, number in enumerate(group):
         out[number] = join([rows[row] for rows in found])
 
-    for number, image in enumerate(_loaded(load, count)):
+    for number, image in enumerate(loaded(load, count)):
       if image is None:
         continue
       sizes = [tuple(_scaled_side(side, factor) for side in image.shape[:2]) for factor in scales]
@@ -211,10 +211,13 @@ def spread(count: int, *, most: int) -> np.ndarray:
   return np.arange(count) if not most or count <= most else np.linspace(0, count - 1, most).astype(int)
 
 
-def _loaded(load: Callable[[int], np.ndarray], count: int) -> Iterator[np.ndarray | None]:
-  """In order; some ahead of what is used, and no more, so that memory stays small."""
+def loaded(load: Callable[[int], Any], count: int) -> Iterator[Any]:
+  """`load` of 0 ... count - 1 in order, None for what cannot be read.
 
-  def one(number: int) -> np.ndarray | None:
+  Some are read ahead of what is used, and no more, so that memory stays small.
+  """
+
+  def one(number: int) -> Any:
     try:
       return load(number)
     except UserError:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from big_ssl.core.types import UserError
-from big_ssl.evals.base import Evaluator, Extract, Pair, Report, pairs
+from big_ssl.evals.base import Crop, Evaluator, Extract, Features, Pair, Report, pairs, take
 from big_ssl.models.readouts import Kind, Output, readouts
 from big_ssl.ops import linear_heads
 from big_ssl.ops.linear_heads import Heads, Recipe, Schedule
@@ -31,6 +31,7 @@ class Preset:
     batch_size, epochs, weight_decay, schedule: of the training.
     milestones: of the schedule, as shares of the epochs.
     grids: of the stages; () is the published pooling.
+    crop: of the training images, in every epoch.
   """
 
   recipe: Recipe
@@ -43,6 +44,7 @@ class Preset:
   batch_size: int = 256
   milestones: tuple[float, ...] = ()
   grids: tuple[tuple[int, int], ...] = ()
+  crop: Crop = Crop()
 
 
 def constants(name: Name) -> Preset:
@@ -61,7 +63,9 @@ def constants(name: Name) -> Preset:
     return Preset(recipe=Recipe(), readout="output", **settings)
   if name == "deepcluster":
     settings = {"lr": 0.01, "scaled": False, "weight_decay": 1e-7, "epochs": 90, "schedule": "inverse_sqrt"}
-    return Preset(recipe=Recipe(), readout="stages", **settings)
+    # Of images resized to 256. There from the central square of them, here from anywhere (own choice).
+    crop = Crop(kind="scaled", scale=(1.0, 1.0), center_fraction=224 / 256)
+    return Preset(recipe=Recipe(), readout="stages", crop=crop, **settings)
   drops = {"schedule": "milestones", "milestones": (8 / 28, 16 / 28, 24 / 28), "readout": "stages"}
   settings = {"lr": 0.01, "scaled": True, "weight_decay": 5e-4, "epochs": 28} | drops
   if name == "benchmark":
@@ -72,14 +76,17 @@ def constants(name: Name) -> Preset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearSGD(Evaluator):
-  """Top-1 in percent after the last epoch of the head that is best on every tenth training image.
+  """Top-1 in percent of the head that is best on every tenth training image after the last epoch.
 
   Nine tenths of the training images are trained on, all rates and decays side by side on the same batches. "top1" is
   the chosen head of the chosen layer, "lr/0.001" each head of a layer ("lr/0.001_wd/0" with several decays), and where
-  several layers are read "conv3/top1" is the chosen head of one. A head that diverged is left out, and named. Features
-  are those of the evaluation view and cached: the published probes crop and flip the training images anew in every
-  epoch and report the best epoch, so that theirs are somewhat other figures (own choice). Training happens on one
-  device, for any mesh.
+  several layers are read "conv3/top1" is the chosen head of one. A head that diverged is left out, and named. Training
+  of the heads happens on one device, for any mesh.
+
+  The published probes crop and flip the training images anew in every epoch (`augment`), and those of DINO and SwAV
+  report the best epoch (`report`). The defaults do neither (own choice), so that figures are somewhat other ones: the
+  features are extracted once and kept for other evaluators, and no held-out image chooses anything. The held-out images
+  are always in the evaluation view, where DeepCluster's probe takes the mean of ten crops.
 
   Attributes:
     preset: the protocol whose constants hold where a field below is empty.
@@ -90,8 +97,13 @@ class LinearSGD(Evaluator):
     lr: base learning rates, before the scaling by the batch where the preset has one; () sweeps around the preset's.
     weight_decay: each is combined with each rate.
     epochs, batch_size: 0 is the preset's; no more images than there are go into a batch.
-    seed: of the weights and of the order.
+    seed: of the weights, of the order and of the crops.
     baselines: also report the same protocol on standardized raw pixels and on the random initialization.
+    augment: "none", or "published": the training images are cropped and flipped anew in every epoch, as the preset's
+      probe does. This takes a pass of all training images through the backbone for every epoch and every layer, thrice
+      as many with `baselines`, and memory for the features of one epoch beside those of the evaluation view.
+    report: of the "last" epoch; or of the "best", in which a head gets most held-out images right. Its figure is too
+      good by that choice.
   """
 
   preset: Name = "dino"
@@ -104,6 +116,8 @@ class LinearSGD(Evaluator):
   batch_size: int = 0
   seed: int = 0
   baselines: bool = False
+  augment: Literal["none", "published"] = "none"
+  report: Literal["last", "best"] = "last"
 
   def __post_init__(self):
     for field, accepted in (("epochs", "a number of epochs"), ("batch_size", "a number of images")):
@@ -156,7 +170,7 @@ class LinearSGD(Evaluator):
     return readouts(kind, output=self.output, layers=self.layers, stages=self.stages, grids=chosen.grids)
 
   def _train(self, pair: Pair, layer: str) -> _Probe:
-    chosen, train = constants(self.preset), pair.train
+    chosen, train, epochs = constants(self.preset), pair.train, self._length()
     count, tenth = len(train.labels), np.arange(len(train.labels)) % 10 == 0
     if count < 2:
       raise UserError("config.evals.linear_sgd: the data has one labeled training image, at least 2 are needed.")
@@ -167,30 +181,48 @@ class LinearSGD(Evaluator):
     rates = linear_heads.learning_rates(
       base * batch / 256 if chosen.scaled else base,
       schedule=chosen.schedule,
-      steps=per_epoch * (self.epochs or chosen.epochs),
+      steps=per_epoch * epochs,
       per_epoch=per_epoch,
       milestones=chosen.milestones,
       weight_decay=decay,
     )
     settings = {"recipe": chosen.recipe, "shape": train.shape}
     heads = linear_heads.init_heads(**settings, count=len(base), classes=classes, seed=self.seed)
-    heads = linear_heads.train_heads(
-      train.features[~tenth],
-      labels=train.labels[~tenth],
-      heads=heads,
-      **settings,
-      lr=rates,
-      weight_decay=decay,
-      batch_size=batch,
-      seed=self.seed,
-    )
-    accuracy = lambda f, rows: (
-      100.0 * np.mean(linear_heads.predict(heads, f.features[rows], **settings) == f.labels[rows], axis=1)
-    )
-    score = np.where(_finite(heads), accuracy(train, tenth), -1.0)
+    accuracy = lambda heads, f: 100.0 * np.mean(linear_heads.predict(heads, f.features, **settings) == f.labels, axis=1)
+    held_out = np.zeros(len(base))
+    for span, seen in self._seen(pair, ~tenth):
+      heads = linear_heads.train_heads(
+        seen.features,
+        labels=seen.labels,
+        heads=heads,
+        **settings,
+        lr=rates[span.start * per_epoch : span.stop * per_epoch],
+        weight_decay=decay,
+        batch_size=batch,
+        seed=self.seed,
+        first_epoch=span.start,
+      )
+      del seen  # before those of the next epoch are made
+      if self.report == "best" or span.stop == epochs:
+        held_out = np.maximum(held_out, accuracy(heads, pair.held_out))
+    score = np.where(_finite(heads), accuracy(heads, take(train, tenth)), -1.0)
     if score.max() < 0:
       raise UserError(f"config.evals.linear_sgd.lr={self.lr}: every head diverged; expected smaller rates.")
-    return _Probe(layer, int(np.argmax(score)), batch, score, accuracy(pair.held_out, slice(None)), self.grid())
+    return _Probe(layer, int(np.argmax(score)), batch, score, held_out, self.grid())
+
+  def _length(self) -> int:
+    return self.epochs or constants(self.preset).epochs
+
+  def _seen(self, pair: Pair, rows: np.ndarray) -> Iterator[tuple[range, Features]]:
+    """Epochs that are trained in one go, and the features that their images `rows` have."""
+    if self.augment == "published":
+      crop = dataclasses.replace(constants(self.preset).crop, seed=self.seed)
+      for epoch in range(self._length()):
+        yield range(epoch, epoch + 1), take(pair.cropped(dataclasses.replace(crop, epoch=epoch)), rows)
+      return
+    together, found = self._length() if self.report == "last" else 1, take(pair.train, rows)
+    for epoch in range(0, self._length(), together):
+      yield range(epoch, epoch + together), found
 
   def _protocol(self, pair: Pair, probe: _Probe) -> str:
     chosen, recipe = constants(self.preset), constants(self.preset).recipe
@@ -202,17 +234,20 @@ class LinearSGD(Evaluator):
     layer = layer if probe.layer else f", output {outputs[0]}"
     scaled = f" * {probe.batch}/256" if chosen.scaled else ""
     source = f", {pair.held_out.source}" if pair.held_out.source else ""
+    once = "of the evaluation view without augmentation (own choice)"
+    anew = f"of {chosen.crop}, anew in every epoch, and for the tenth and the held-out images of the evaluation view"
+    epoch = "last epoch" if self.report == "last" else "accuracy of the epoch with the best on the held-out images"
     unseen = np.setdiff1d(pair.held_out.labels, pair.train.labels)
     source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
     lost = [f"{k[0]:g}" for k, s in zip(self.grid(), probe.score, strict=True) if s < 0]
     return (
       f"linear probe by SGD, preset {self.preset}: {norm}{'l2-normalized, ' if recipe.unit else ''}one linear map,"
       f" momentum {recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, batch {probe.batch},"
-      f" {self.epochs or chosen.epochs} epochs, {chosen.schedule.replace('_', ' ')}, lr {lr:g}"
+      f" {self._length()} epochs, {chosen.schedule.replace('_', ' ')}, lr {lr:g}"
       f"{scaled} and weight decay {wd:g} chosen among {len(self.grid())} heads by"
       f" every tenth training image{' (at the edge of the sweep)' if at_edge else ''}"
-      f"{', diverged: lr ' + ', '.join(lost) if lost else ''}{layer} ({pair.train.features.shape[1]} dimensions) of the"
-      f" evaluation view without augmentation (own choice), last epoch, seed {self.seed}, trained on nine tenths of"
+      f"{', diverged: lr ' + ', '.join(lost) if lost else ''}{layer} ({pair.train.features.shape[1]} dimensions)"
+      f" {once if self.augment == 'none' else anew}, {epoch}, seed {self.seed}, trained on nine tenths of"
       f" {len(pair.train.features)} training images, {len(pair.held_out.features)} held-out images{source}"
     )
 

@@ -206,26 +206,29 @@ def train_heads(
   weight_decay: np.ndarray,
   batch_size: int,
   seed: int = 0,
+  first_epoch: int = 0,
   resident_bytes: int = RESIDENT_BYTES,
   segment_bytes: int = SEGMENT_BYTES,
 ) -> Heads:
   """Trains on one device; every process with the same arguments gets the same heads.
 
-  An epoch is a permutation of the rows by (seed, epoch), cut to whole batches.
+  An epoch is a permutation of the rows by (seed, epoch), cut to whole batches. Calls for some epochs each, with the
+  heads and the features of the call before or other ones, are one training.
 
   Args:
     x: [N, D] float32, on the host.
     labels: [N].
     heads, recipe, shape: see `train_segment`; `heads` is used up.
-    lr: [steps, H].
+    lr: [steps, H], of the steps of this call.
     weight_decay: [H].
     batch_size: at most N.
     seed: of the order.
+    first_epoch: how many epochs the heads were trained before.
     resident_bytes, segment_bytes: features on the device, all of them where they fit or those of some updates.
   """
   per_epoch = len(x) // batch_size
-  epochs = -(-len(lr) // per_epoch)
-  orders = (np.random.default_rng((seed, e)).permutation(len(x))[: per_epoch * batch_size] for e in range(epochs))
+  epochs = range(first_epoch, first_epoch - (-len(lr) // per_epoch))
+  orders = (np.random.default_rng((seed, e)).permutation(len(x))[: per_epoch * batch_size] for e in epochs)
   rows = np.concatenate([order.reshape(per_epoch, batch_size) for order in orders])[: len(lr)].astype(np.int32)
   resident = x.nbytes <= resident_bytes
   size = len(lr) if resident else max(1, segment_bytes // (batch_size * x.shape[1] * 4))

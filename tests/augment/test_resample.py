@@ -134,3 +134,14 @@ def test_without_antialiasing_only_the_two_nearest_pixels_count(side):
   np.testing.assert_allclose(got, crop, atol=1e-5)
   if side == 24:
     assert np.abs(one(IMAGE, (y, x, height, width), size=side) - crop).max() > 0.01
+
+
+def test_beyond_its_extent_a_crop_is_of_its_mean_color():
+  box = jnp.asarray([[[3.0, 5.0, 20.0, 30.0]]])
+  options = {"size": 32, "interpolation": "bilinear"}
+  view = cut(jnp.asarray(IMAGE)[None], box, jnp.zeros((1, 1), bool), extent=jnp.asarray([[[8, 24]]]), **options)[0, 0]
+  alone = cut(jnp.asarray(IMAGE)[None], box, jnp.zeros((1, 1), bool), size=(8, 24))[0, 0]
+  np.testing.assert_allclose(view[:8, :24], alone, atol=1e-6)
+  mean = np.asarray(alone).mean((0, 1))
+  np.testing.assert_allclose(view[8:], np.broadcast_to(mean, (24, 32, 3)), atol=1e-6)
+  np.testing.assert_allclose(view[:8, 24:], np.broadcast_to(mean, (8, 8, 3)), atol=1e-6)

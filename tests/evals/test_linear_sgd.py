@@ -10,9 +10,10 @@ import pytest
 from big_ssl import setup
 from big_ssl.core.config import build_named
 from big_ssl.core.types import UserError
-from big_ssl.evals.base import Evaluator, Features
+from big_ssl.evals.base import Crop, Evaluator, Features
 from big_ssl.evals.linear_sgd import LinearSGD, constants
 from big_ssl.evaluate import Extractor
+from big_ssl.feature_cache import FeatureCache
 from big_ssl.models.readouts import Readout
 
 SMALL = LinearSGD(readout="output", epochs=15, batch_size=9, lr=(0.3, 3.0))  # scaled by 9 / 256
@@ -92,21 +93,106 @@ def test_every_field_of_the_training_has_an_effect():
   assert {"lr/0.3_wd/0", "lr/3_wd/1"} <= set(both) and both["lr/3_wd/0"] == before["lr/3"]
 
 
-def extractor(devices):
+def test_cropped_training_images_are_asked_for_in_every_epoch_and_nothing_else_is():
+  asked = []
+
+  def noted(split, *, crop=None, **kwargs):
+    asked.append((split, crop))
+    found = planted(split, **kwargs)
+    noise = 0 if crop is None else np.random.default_rng(crop.epoch).normal(size=found.features.shape)
+    return dataclasses.replace(found, features=(found.features + 0.01 * noise).astype(np.float32))
+
+  report = dataclasses.replace(SMALL, epochs=4, seed=3, augment="published")(noted)
+  crops = [Crop(seed=3, epoch=e) for e in range(4)]
+  assert asked == [("train", None), ("eval", None), *(("train", crop) for crop in crops)]
+  for word in ("random crops (0.08 to 1 of the area, aspect 0.75 to 1.33", "flipped with p 0.5, anew in every epoch"):
+    assert word in report.protocol, report.protocol
+  assert "without augmentation" not in report.protocol and "held-out images of the evaluation view" in report.protocol
+  report = dataclasses.replace(SMALL, preset="deepcluster", readout="output", epochs=1, augment="published")(noted)
+  assert "the view's size out of images resized to 1 times it / 0.875" in report.protocol, report.protocol
+
+
+def test_crops_that_change_nothing_train_the_heads_of_the_cached_features_and_baselines_are_cropped_too():
+  loose = lambda split, *, crop=None, **kwargs: planted(split, **kwargs, noise=1.0)
+  cached = dataclasses.replace(SMALL, epochs=4, baselines=True)
+  anew = dataclasses.replace(cached, augment="published")
+  assert anew(loose).metrics == cached(loose).metrics
+  worse = lambda split, *, crop=None, **kwargs: planted(split, **kwargs, noise=1.0 if crop is None else 100.0)
+  found, before = anew(worse).metrics, cached(loose).metrics
+  for name in ("top1", "random_init/top1", "raw_pixels/top1"):
+    assert found[name] != before[name], name
+
+
+def test_the_best_epoch_is_reported_where_asked_for_and_is_no_worse_than_the_last():
+  # The last epochs learn other labels than those that are held out.
+  def turning(split, *, crop=None, **kwargs):
+    f = planted(split, **kwargs)
+    return f if crop is None or crop.epoch < 8 else dataclasses.replace(f, labels=(f.labels + 1) % 6)
+
+  last = dataclasses.replace(SMALL, preset="swav", augment="published")
+  best = dataclasses.replace(last, report="best")
+  worse, better = last(turning), best(turning)
+  assert worse.metrics["top1"] < better.metrics["top1"] == 100, (worse.metrics, better.metrics)
+  assert "last epoch" in worse.protocol and "the epoch with the best on the held-out images" in better.protocol
+  steady = dataclasses.replace(SMALL, report="best")
+  assert steady(planted).metrics["top1"] == 100 and "the epoch with the best" in steady(planted).protocol
+
+
+def extractor(devices, kept=None):
   run = setup.make_run(engine.small("dino"), devices=jax.devices()[:devices])
-  extract = Extractor(run)
+  extract = Extractor(run, kept=kept)
   extract.state = run.initial_state()
   return extract
 
 
-def test_a_run_is_read_by_functions_of_its_backbone_and_reports_are_equal_on_one_and_eight_devices():
-  one, eight = extractor(1), extractor(8)
+@pytest.fixture(scope="module")
+def one():
+  return extractor(1)
+
+
+@pytest.fixture(scope="module")
+def eight():
+  return extractor(8)
+
+
+def test_crops_are_a_function_of_seed_and_epoch_on_any_number_of_devices(one, eight):
+  view, first = one("train"), one("train", crop=Crop())
+  np.testing.assert_array_equal(one("train", crop=Crop()).features, first.features)
+  np.testing.assert_allclose(eight("train", crop=Crop()).features, first.features, atol=1e-5)
+  np.testing.assert_array_equal(first.index, view.index)
+  np.testing.assert_array_equal(first.labels, view.labels)
+  for other in (view, one("train", crop=Crop(epoch=1)), one("train", crop=Crop(seed=1))):
+    assert np.abs(other.features - first.features).max() > 1e-3
+  pixels = one("train", output="pixels", crop=Crop(epoch=1)).features
+  np.testing.assert_allclose(eight("train", output="pixels", crop=Crop(epoch=1)).features, pixels, atol=1e-5)
+
+
+def test_the_whole_image_unflipped_is_the_evaluation_view(one):
+  whole = Crop(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, interpolation="bicubic")
+  np.testing.assert_allclose(one("train", crop=whole).features, one("train").features, atol=1e-5)
+  scaled = Crop(kind="scaled", scale=(1.0, 1.0), flip=0.0, interpolation="bicubic")
+  np.testing.assert_allclose(one("train", crop=scaled).features, one("train").features, atol=1e-5)
+  alike = lambda split, *, crop=None, **kw: one(split, crop=crop and whole, **kw)
+  cached = dataclasses.replace(SMALL, readout="cls", layers=2, epochs=3)
+  found, expected = dataclasses.replace(cached, augment="published")(alike).metrics, cached(one).metrics
+  assert found == expected
+
+
+def test_features_of_crops_are_not_kept(one, tmp_path):
+  kept = Extractor(one._run, kept=FeatureCache(tmp_path / "features", max_bytes=2**30))
+  kept.state = one.state
+  kept("train", crop=Crop())
+  assert not (tmp_path / "features").exists()
+
+
+def test_a_run_is_read_by_functions_of_its_backbone_and_reports_are_equal_on_one_and_eight_devices(one, eight):
   readout = Readout(kind="cls", layers=2)
   found, pooled = one("eval", output=readout).features, one("eval").features
   np.testing.assert_allclose(found[:, -pooled.shape[1] :], pooled, atol=1e-5)
   np.testing.assert_allclose(eight("eval", output=readout).features, found, atol=1e-5)
-  evaluator = dataclasses.replace(SMALL, readout="cls", layers=2, epochs=3)
-  assert evaluator(one) == evaluator(eight, mesh=eight._run.mesh)
+  for augment in ("none", "published"):
+    evaluator = dataclasses.replace(SMALL, readout="cls", layers=2, epochs=3, augment=augment)
+    assert evaluator(one) == evaluator(eight, mesh=eight._run.mesh)
 
 
 def test_without_labels_there_is_no_number_and_the_protocol_says_why():
@@ -141,3 +227,6 @@ def test_it_is_found_by_name_and_built_from_a_config():
   fields = {"name": "linear_sgd", "preset": "swav", "lr": [0.3], "readout": "cls"}
   made = build_named("evals", fields, Evaluator, path="config.evals.linear_sgd")
   assert made == LinearSGD(preset="swav", lr=(0.3,), readout="cls")
+  for field, value in (("augment", "crop"), ("report", "first")):
+    with pytest.raises(UserError, match=f"config.evals.linear_sgd.{field}='{value}'"):
+      build_named("evals", fields | {field: value}, Evaluator, path="config.evals.linear_sgd")

@@ -94,6 +94,22 @@ def test_plain_sgd_is_that_of_optax():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=1e-5), found.params, params)
 
 
+@pytest.mark.parametrize("recipe", [Recipe(norm="batch", nesterov=True), MSN])
+def test_epochs_one_by_one_are_one_training(recipe):
+  x, labels = planted()
+  rates = linear_heads.learning_rates([0.3, 0.1], schedule="cosine_steps", steps=21, per_epoch=7)
+  settings = {"recipe": recipe, "shape": (6,)}
+  kwargs = settings | {"labels": labels, "weight_decay": np.array([0.0, 0.1]), "batch_size": 8, "seed": 5}
+  start = lambda: linear_heads.init_heads(**settings, count=2, classes=3)
+  whole, parts = linear_heads.train_heads(x, heads=start(), lr=rates, **kwargs), start()
+  for epoch in range(3):
+    parts = linear_heads.train_heads(x, heads=parts, lr=rates[7 * epoch :][:7], first_epoch=epoch, **kwargs)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+  again = linear_heads.train_heads(x, heads=start(), lr=rates[:7], first_epoch=1, **kwargs)
+  other = linear_heads.train_heads(x, heads=start(), lr=rates[:7], **kwargs)
+  assert np.abs(again.params["linear"]["kernel"] - other.params["linear"]["kernel"]).max() > 1e-4
+
+
 def test_features_that_do_not_fit_on_the_device_train_the_same_heads_in_segments():
   whole = trained(Recipe(), lr=(0.1,), steps=11)
   parts = trained(Recipe(), lr=(0.1,), steps=11, resident_bytes=0, segment_bytes=3 * 8 * 6 * 4)
