@@ -149,6 +149,15 @@ def test_protocols_baselines_times_and_the_making_are_on_the_page(tmp_path):
     assert part in text, part
 
 
+@pytest.mark.parametrize(
+  ("score", "title", "value"),
+  [("top1_k20", "top-1, k=20", "71.0 %"), ("top1/64", "top-1 at 64", "71.0 %"), ("lr/0.1_wd/0", "learning rate 0.1, weight decay 0", "71.0 %"), ("rank", "directions that embeddings fill", "71"), ("random_init/top1/8", None, "71.0 %")],
+)
+def test_scores_are_named_and_have_their_unit(score, title, value):
+  assert title is None or words.title(score) == title
+  assert words.value(score, 71.0) == value
+
+
 def test_an_old_run_of_two_files_has_a_report_too(tmp_path):
   make(tmp_path, facts=None, picture=False)
   with (tmp_path / "metrics.jsonl").open("a") as f:

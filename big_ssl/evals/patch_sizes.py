@@ -13,7 +13,7 @@ from big_ssl.evals.knn import Knn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchSizes(Evaluator):
-  """k-NN accuracy in percent of the backbone's "pooled" at each patch size, "top1_k20/8"; any ViT, trained so or not.
+  """k-NN accuracy in percent of the backbone's "pooled" at each patch size, "top1/8"; any ViT, trained so or not.
 
   The patch embedding is PI-resized from the stored kernel and the positions are resampled by the model's own rule; the
   images are those of the evaluation view at every size.
@@ -24,7 +24,7 @@ class PatchSizes(Evaluator):
   """
 
   sizes: tuple[int, ...] = (8, 16, 32)
-  k: int | tuple[int, ...] = 20
+  k: int = 20
   temperature: float = 0.07
   max_bank: int = 0
   baselines: bool = False
@@ -44,7 +44,8 @@ class PatchSizes(Evaluator):
       report = probe(extract, mesh=mesh)
       if not report.metrics:
         return Report({}, report.protocol)
-      metrics |= {name if name.startswith("raw_pixels/") else f"{name}/{size}": score for name, score in report.metrics.items()}
+      named = {name.partition("_k")[0]: score for name, score in report.metrics.items()}
+      metrics |= {name if name.startswith("raw_pixels/") else f"{name}/{size}": score for name, score in named.items()}
       protocol = protocol or report.protocol.replace(str(PooledAt(size)), "pooled at patches of " + ", ".join(map(str, self.sizes)))
     return Report(metrics, protocol)
 

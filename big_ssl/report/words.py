@@ -27,11 +27,15 @@ def title(name: str) -> str:
   """An evaluator's or a number's name as it is read."""
   if found := re.fullmatch(r"top(\d+)_k(\d+)", name):
     return f"top-{found[1]}, k={found[2]}"
+  if found := re.fullmatch(r"top(\d+)/(\d+)", name):
+    return f"top-{found[1]} at {found[2]}"
+  if name.startswith("lr/"):  # a head of a sweep
+    return "learning rate " + name.removeprefix("lr/").replace("_wd/", ", weight decay ")
   return _TITLES.get(name, name.replace("_", " "))
 
 
 def is_percent(score: str) -> bool:
-  return score.rpartition("/")[2].startswith(_PERCENT)
+  return any(part.startswith(_PERCENT) or part == "lr" for part in score.split("/"))
 
 
 def value(score: str, number: float | None) -> str:

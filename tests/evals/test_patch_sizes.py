@@ -40,11 +40,11 @@ def of_model(module, split, extract):
 def test_each_score_is_that_of_the_same_parameters_in_a_model_of_that_patch_size():
   extract = Extract()
   found = PatchSizes(sizes=(4, 2, 8), k=3, baselines=True)(extract)
-  assert set(found.metrics) == {f"{prefix}top1_k3/{size}" for prefix in ("", "random_init/") for size in (4, 2, 8)} | {"raw_pixels/top1_k3"}
+  assert set(found.metrics) == {f"{prefix}top1/{size}" for prefix in ("", "random_init/") for size in (4, 2, 8)} | {"raw_pixels/top1"}
   models = {4: TINY, **{p: TINY.clone(patch=p, kernel_patch=4, pos_grid=(4, 4)) for p in (2, 8)}}
   for size, module in models.items():
     plain = lambda split, *, output, weights, module=module: of_model(module, split, extract)
-    assert found.metrics[f"top1_k3/{size}"] == Knn(k=3)(plain).metrics["top1_k3"]
+    assert found.metrics[f"top1/{size}"] == Knn(k=3)(plain).metrics["top1_k3"]
   features = lambda size: extract("eval", output=PooledAt(size)).features
   np.testing.assert_allclose(features(4), of_model(TINY, "eval", extract).features, rtol=1e-5, atol=1e-6)
   assert np.abs(features(4) - features(8)).max() > 0.01
