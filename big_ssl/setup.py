@@ -124,9 +124,10 @@ class Run:
       return [self.jit_step(patch).trace(self.abstract_state, self.raw_spec(), resident) for patch in self.methods]
 
   def compiled_step(self) -> Any:
-    """The first of them, compiled."""
+    """The first of them, compiled to be read and not to be run: on a CPU, where code takes most of the time, with the least effort."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     with jax.set_mesh(self.mesh):
-      return self.trace_steps()[0].lower().compile()
+      return self.trace_steps()[0].lower().compile(compiler_options=options)
 
   def describe(self) -> str:
     """Parameter table, bytes per device and the course of the run."""
@@ -186,7 +187,10 @@ def _evaluator(name: str, fields: Any) -> Evaluator:
 
 
 def _init_state(method: Method, optimizer: Optimizer, shapes: PyTree, key: Any) -> TrainState:
-  params, extra = _init(method, shapes, key)
+  return _new_state(optimizer, *_init(method, shapes, key))
+
+
+def _new_state(optimizer: Optimizer, params: PyTree, extra: Extra) -> TrainState:
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), extra=extra)
 
 
@@ -288,7 +292,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   pipelines = {
     name: make_pipeline(config, sources[inputs.source], inputs, mesh=mesh, stream=name) for name, inputs in as_streams(method.inputs()).items()
   }
-  params, _ = jax.eval_shape(functools.partial(_init, method, _batch_shapes(method, pipelines)), jax.random.key(0))
+  params, extra = jax.eval_shape(functools.partial(_init, method, _batch_shapes(method, pipelines)), jax.random.key(0))
   optimizer = make_optimizer(
     config.optim,
     params=params,
@@ -298,7 +302,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     examples=examples,
     freeze_backbone=config.init_from.freeze_backbone if config.init_from else None,
   )
-  abstract = jax.eval_shape(functools.partial(_init_state, method, optimizer, _batch_shapes(method, pipelines)), jax.random.key(0))
+  abstract = jax.eval_shape(lambda p, e: _new_state(optimizer, p, e), params, extra)
   shardings = sharding.state_shardings(mesh, abstract, config.mesh, row_sharded=method.row_sharded)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
   return Run(
