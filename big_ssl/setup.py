@@ -57,11 +57,14 @@ class Run:
 
   def initial_state(self) -> TrainState:
     """A fresh state, a function of the seed alone, placed on the mesh."""
-    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     with jax.set_mesh(self.mesh):
-      return jax.jit(functools.partial(_init_state, self.method, self.optimizer, self.batch_shapes()), out_shardings=shardings)(
-        jax.random.key(self.config.seed)
-      )
+      return self._fresh(jax.random.key(self.config.seed))
+
+  @functools.cached_property
+  def _fresh(self) -> Any:
+    """Compiled once: a run starts from a fresh state, and compares with one in the end."""
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    return jax.jit(functools.partial(_init_state, self.method, self.optimizer, self.batch_shapes()), out_shardings=shardings)
 
   def batch_shapes(self) -> PyTree:
     """Shapes of an augmented batch of two images, from which parameters are shaped."""

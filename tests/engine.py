@@ -20,7 +20,7 @@ from big_ssl.evaluate import Extractor, refresh
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Tests compile without optimization, in half the time (conftest). For those whose tolerance is the rounding of what users run:
-OPTIMIZED = {"xla_backend_optimization_level": 3}
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 _TINY_VIT = {"model.width": 24, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 48}
 TINY = {
   "vit": _TINY_VIT,
@@ -115,13 +115,24 @@ def small_shards(config: config_lib.Config) -> dict:
 
 
 class _Compiled:
-  """A run with its steps, compiled once for all tests that ask for the same config and devices in turn."""
+  """A run with its fresh state and its steps, made once for all tests that ask for the same config and devices in turn."""
 
   def __init__(self, config: config_lib.Config, devices: int):
     self.run = setup.make_run(config, devices=jax.devices()[:devices])
+
+  @functools.cached_property
+  def steps(self) -> dict:
     shapes = (self.run.abstract_state, self.run.raw_spec(), jax.tree.map(_shape, self.run.resident))
     with jax.set_mesh(self.run.mesh):
-      self.steps = {patch: self.run.jit_step(patch).lower(*shapes).compile() for patch in self.run.methods}
+      return {patch: self.run.jit_step(patch).lower(*shapes).compile() for patch in self.run.methods}
+
+  @functools.cached_property
+  def _start(self):
+    return jax.tree.map(np.asarray, self.run.initial_state())
+
+  def initial_state(self):
+    """Arrays of one's own: steps donate them."""
+    return jax.tree.map(lambda x, a: jax.device_put(x.copy(), a.sharding), self._start, self.run.abstract_state)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -145,7 +156,7 @@ def train_steps(config: config_lib.Config, *, devices: int = 1, state=None, stop
   """Runs the real step from `state` (fresh when None) to `stop`; returns the state and the metrics of every step."""
   made = compiled(config, devices=devices)
   run = made.run
-  state = run.initial_state() if state is None else state
+  state = made.initial_state() if state is None else state
   stop = run.total_steps if stop is None else stop
   history, extract = [], Extractor(run)
   with jax.set_mesh(run.mesh):

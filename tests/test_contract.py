@@ -72,8 +72,8 @@ def six_steps(name: str):
 
 @PER_METHOD
 def test_steps_are_finite_and_change_every_trained_parameter(name):
-  run = setup.make_run(shortened(name), devices=jax.devices()[:1])
-  start = run.initial_state()
+  made = engine.compiled(shortened(name))
+  run, start = made.run, made.initial_state()
   state, history = six_steps(name)
   assert all(np.isfinite(list(h.values())).all() and h["skipped"] == 0 for h in history), history
   frozen = {t.path for t in run.optimizer.tensors if t.rule.lr_mult == 0 or t.freeze_steps >= run.total_steps}
@@ -93,7 +93,8 @@ def written_as_zeros(jaxpr: jax.extend.core.Jaxpr) -> bool:
 
 @PER_METHOD
 def test_no_gradient_reaches_the_extra_state(name):
-  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
+  made = engine.compiled(shortened(name))
+  run = made.run
   shapes = (run.abstract_state.params, run.batch_shapes(), jax.random.key(2), jnp.int32(0))
   floats, rest = {}, {}
   for key, value in run.abstract_state.extra.items():
@@ -103,7 +104,7 @@ def test_no_gradient_reaches_the_extra_state(name):
   traced = jax.make_jaxpr(jax.grad(loss))(floats, rest, *shapes)
   if written_as_zeros(traced.jaxpr):
     return
-  state = run.initial_state()
+  state = made.initial_state()
   batch = prepare_streams(run.method, next(run.batches(0, 1, state.extra)), run.resident, jax.random.key(1))
   parts = [{k: v for k, v in state.extra.items() if k in kept} for kept in (floats, rest)]
   grads = jax.jit(jax.grad(loss))(*parts, state.params, batch, jax.random.key(2), state.step)
@@ -133,8 +134,7 @@ def test_a_run_resumed_in_the_middle_is_bit_equal(name):
   whole, history = six_steps(name)
   half, first = engine.train_steps(config, stop=3)
   host = jax.tree.map(np.asarray, half)
-  run = setup.make_run(config, devices=jax.devices()[:1])
-  placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, run.abstract_state)
+  placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, engine.compiled(config).run.abstract_state)
   again, second = engine.train_steps(config, state=placed)
   assert first + second == history
   assert engine.leaves_equal(again, whole)
@@ -202,25 +202,31 @@ class Traced:
     return setup._batch_shapes(self._method, pipelines)
 
   @functools.cached_property
+  def _initialized(self):
+    return jax.make_jaxpr(lambda k: setup._init(self._method, self._shapes, k), return_shape=True)(jax.random.key(0))
+
+  @property
   def init(self) -> str:
-    return str(jax.make_jaxpr(lambda k: setup._init(self._method, self._shapes, k))(jax.random.key(0)))
+    return str(self._initialized[0])
 
   @functools.cached_property
   def step(self) -> str:
-    method = self._method
-    state = jax.eval_shape(functools.partial(setup._init_state, method, self._run.optimizer, self._shapes), jax.random.key(0))
+    method, (params, extra) = self._method, self._initialized[1]
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((4, *s.shape[1:]), s.dtype), self._shapes)
 
     def whole(params, extra, batch, key, step):
       loss, (extra, metrics) = method.loss(params, extra, batch, key, step)
       return loss, method.post_update(params, extra, step), metrics
 
-    traced = jax.make_jaxpr(whole)(state.params, state.extra, batch, jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32))
+    traced = jax.make_jaxpr(whole)(params, extra, batch, jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32))
     return str(traced) + str([np.asarray(c).tolist() for c in traced.consts])  # a table of a schedule is a constant
 
   def __eq__(self, other) -> bool:
-    """Once the views differ, the batch may not fit the rest: nothing more is looked at."""
-    return self.views == other.views and self.step == other.step and self.init == other.init
+    """Once the views differ, the batch may not fit the rest: nothing more is looked at. Where they do not, the batch is the same."""
+    if self.views != other.views:
+      return False
+    self._shapes = other._shapes
+    return self.step == other.step and self.init == other.init
 
 
 def read_by_refresh(run: setup.Run) -> set[str]:
@@ -280,17 +286,17 @@ def test_every_field_of_a_method_has_an_effect(name, tmp_path):
 
 @PER_METHOD
 def test_features_are_finite_for_every_held_out_image(name):
-  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
-  extract = Extractor(run)
-  extract.state = run.initial_state()
+  made = engine.compiled(shortened(name))
+  run, extract = made.run, Extractor(made.run)
+  extract.state = made.initial_state()
   out = extract("eval")
   assert out.features.shape[0] == len(run.sources["eval"]) and np.isfinite(out.features).all()
 
 
 @PER_METHOD
 def test_the_trunk_is_the_backbone_whose_features_are_evaluated(name):
-  run = setup.make_run(engine.small(name), devices=jax.devices()[:1])
-  state = run.initial_state()
+  made = engine.compiled(shortened(name))
+  run, state = made.run, made.initial_state()
   params = jax.tree.map(lambda x: 1.3 * x, state.params)  # no longer what a teacher started from
   images = jax.random.uniform(jax.random.key(0), (2, *run.method.eval_view().shape, 3))
 

@@ -49,7 +49,8 @@ CODE = textwrap.dedent(
 
 
 def launch(count, workdir, *, port, fingerprints=None):
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}", "JAX_PLATFORMS": "cpu"}
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // count}"  # the last one counts
+  env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   args = lambda i: [sys.executable, "-c", CODE, str(i), str(count), str(port), str(workdir), *(fingerprints[i : i + 1] if fingerprints else [])]
   processes = [
     subprocess.Popen(args(i), cwd=engine.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(count)

@@ -73,8 +73,10 @@ def first_nonfinite(tree: PyTree) -> Array:
   leaves = jax.tree.leaves(tree)
   if not leaves:
     return jnp.int32(-1)
-  bad = jnp.stack([~jnp.all(jnp.isfinite(x)) for x in leaves])
-  return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+  bad = jnp.stack([~jnp.all(jnp.isfinite(x)) for x in leaves] + [jnp.bool_(True)])
+  # One argmax, not any() besides: XLA derives any() of these scalars anew in whatever depends on it, as every tensor of a step does.
+  first = jnp.argmax(bad)
+  return jnp.where(first == len(leaves), -1, first).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from big_ssl.augment import patches, resample
+from big_ssl.core.step import prepare
 from big_ssl.core.types import UserError
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import Python
@@ -27,6 +28,11 @@ def pipeline(rows=(0, 8), method=METHOD):
   return Pipeline(rectangles(), method.inputs(), batch_size=8, seed=0, rows=rows, canvas=64, threads=1)
 
 
+@pytest.fixture(scope="module")
+def prepared():
+  return jax.jit(lambda raw: prepare(METHOD.inputs(), raw, None, jax.random.key(0)))(pipeline().batch(0))
+
+
 def test_a_batch_is_the_same_for_one_and_two_hosts_at_any_step():
   whole, halves = pipeline().batch(5), [pipeline(rows).batch(5) for rows in ((0, 4), (4, 8))]
   for key, value in whole.items():
@@ -35,13 +41,10 @@ def test_a_batch_is_the_same_for_one_and_two_hosts_at_any_step():
   assert not np.array_equal(pipeline().batch(6)["crop/plan/image"], whole["crop/plan/image"])
 
 
-def test_patches_are_those_of_each_crop_at_its_own_size():
-  from big_ssl.core.step import prepare
-
+def test_patches_are_those_of_each_crop_at_its_own_size(prepared):
   raw = pipeline().batch(0)
   view = METHOD.inputs().views[0]
-  batch = prepare(METHOD.inputs(), raw, None, jax.random.key(0))
-  sequences = patches.pack_native(batch["crop"][:, 0], batch["crop_plan"], patch=4)
+  sequences = patches.pack_native(prepared["crop"][:, 0], prepared["crop_plan"], patch=4)
   plan = {key.rpartition("/")[2]: value for key, value in raw.items() if "/plan/" in key}
   for i in range(8):
     size = tuple(int(n) * 4 for n in plan["extent"][i])
@@ -68,11 +71,8 @@ def test_unpacked_features_belong_to_their_images():
   np.testing.assert_array_equal(patches.unpack_images(slots, plan)[:, 0], np.arange(8))
 
 
-def test_the_loss_is_that_of_the_images_one_by_one():
-  batch = jax.tree.map(jnp.asarray, pipeline().batch(0))
-  from big_ssl.core.step import prepare
-
-  batch = prepare(METHOD.inputs(), batch, None, jax.random.key(0))
+def test_the_loss_is_that_of_the_images_one_by_one(prepared):
+  batch = prepared
   params, extra = jax.jit(METHOD.init)(jax.random.key(0), batch)
   params = jax.tree.map(lambda x: x + 0.1, params)
   loss, _ = jax.jit(METHOD.loss)(params, extra, batch, jax.random.key(1), jnp.int32(0))
