@@ -6,6 +6,10 @@
 
 Published, ADE20K, fine-tuned with a linear decoder (mIoU): ViT-B/16 46.2 after 100 epochs, 48.0 after the long training.
 The location-only variant: --config.method.cluster_loss=false
+
+The embedded run, seed 0: a linear probe of the patches finds the masks of the sprites with mIoU 81.1 against 63.3 (mean colors
+35.9), at least 10 points of mIoU above its random initialization. The mean of its patches, which tell where they are, is no
+feature of a class: k-NN 17.8 against 34.1.
 """
 
 import ml_collections
