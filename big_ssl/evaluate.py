@@ -23,7 +23,7 @@ from big_ssl.data import davis
 from big_ssl.data.clips import Clip
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource, open_folder
-from big_ssl.evals.base import Crop, Features, Output
+from big_ssl.evals.base import Crop, Features, Output, Report
 from big_ssl.feature_cache import FeatureCache, MemoryCache, Stored, key_of, output_name
 from big_ssl.models import dense
 from big_ssl.ops.fingerprint import fingerprint
@@ -308,27 +308,48 @@ def foreign_classes(run: Run) -> str:
   return f"none of the {len(held)} held-out images, such as {held.name(0)}, is in a folder of a training class ({known}, ...)"
 
 
-def evaluate(run: Run, extract: Extractor, state: TrainState, *, names: list[str], logger: Any, step: int) -> dict[str, float]:
-  """Runs the named evaluators on `state` and logs each with its protocol; features stay remembered (`Extractor.forget`)."""
+def evaluate(run: Run, extract: Extractor, state: TrainState, *, names: list[str], logger: Any, step: int) -> list[str]:
+  """Runs the named evaluators on `state` and logs each with its protocol; features stay remembered (`Extractor.forget`).
+
+  One that refuses the data ends neither the others nor a training: that is its protocol, and a warning.
+
+  Returns:
+    What was refused, in words.
+  """
   extract.state = state
-  results = {}
+  refused = []
   for name in names:
-    report = run.evaluators[name](extract, mesh=run.mesh)
+    try:
+      report = run.evaluators[name](extract, mesh=run.mesh)
+    except UserError as error:
+      report = Report({}, f"not computed: {error}")
+      refused.append(str(error))
+      logger.warning(str(error))
     logger.log_eval(step, name, report.metrics, report.protocol)
     if not report.metrics and (why := foreign_classes(run)):
       logger.warning(f"config.evals.{name}: {why}")
-    results |= {f"{name}/{k}": v for k, v in report.metrics.items()}
-  return results
+  return refused
 
 
 def extract_to(directory: pathlib.Path, run: Run, extract: Extractor, state: TrainState) -> list[pathlib.Path]:
-  """Writes features_<split>.npz (features, labels, index) for both splits."""
+  """Writes features_<split>.npz (features, labels, index) for both splits, each in one move.
+
+  Raises:
+    UserError: a file cannot be written, as on a full disk.
+  """
   extract.state = state
   files = []
   for split in ("train", "eval"):
     out = extract(split)
     file = directory / f"features_{split}.npz"
     if jax.process_index() == 0:
-      np.savez(file, features=out.features, index=out.index, **({} if out.labels is None else {"labels": out.labels}))
+      temporary = file.with_suffix(".tmp")
+      try:
+        with temporary.open("wb") as f:
+          np.savez(f, features=out.features, index=out.index, **({} if out.labels is None else {"labels": out.labels}))
+        temporary.replace(file)
+      except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}.") from None
     files.append(file)
   return files

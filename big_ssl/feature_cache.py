@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -84,7 +85,8 @@ class FeatureCache:
       return None
     self.notice(f"features read from {file}")
     if self.write:
-      os.utime(file)
+      with contextlib.suppress(OSError):  # of another user: it is dropped as if it had not been used
+        os.utime(file)
     return found
 
   def save(self, stored: Stored, *, owner: str, key: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from big_ssl.core.command import exit_code
 
@@ -52,11 +55,8 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # tensorflow only decodes here; this silences its notice
   if args.devices:
     _simulate(args)
-  import jax
-
   from big_ssl.core import collectives, sharding
   from big_ssl.core import config as config_lib
-  from big_ssl.core.types import UserError
 
   if args.data:
     overrides = {"data.source": args.data} | overrides
@@ -83,13 +83,24 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
       run.trace_steps()
     return 0
   workdir = pathlib.Path(args.workdir or f"runs/{_run_name(args)}")
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-      (workdir / "config.json").write_text(json.dumps(tree, indent=2, default=str) + "\n")
-  except OSError as error:
-    raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}.") from None
-  return _train(run, workdir) if args.mode == "train" else _read(run, workdir, args)
+  record = functools.partial(_record, workdir, tree)
+  return _train(run, workdir, record) if args.mode == "train" else _read(run, workdir, args, record)
+
+
+def _record(workdir: pathlib.Path, tree: dict[str, Any]) -> None:
+  """Writes config.json, from which reports, pictures and exports read what the weights in `workdir` are."""
+  import jax
+
+  from big_ssl.core.types import UserError
+
+  file = workdir / "config.json"
+  temporary = file.with_suffix(".tmp")
+  if jax.process_index() == 0:
+    try:
+      temporary.write_text(json.dumps(tree, indent=2, default=str) + "\n")
+      temporary.replace(file)
+    except OSError as error:
+      raise UserError(f"{file}: cannot be written: {error.strerror}.") from None
 
 
 def _simulate(args: argparse.Namespace) -> None:
@@ -124,35 +135,38 @@ def _make_logger(run, workdir: pathlib.Path):
   )
 
 
-def _train(run, workdir: pathlib.Path) -> int:
+def _train(run, workdir: pathlib.Path, record: Callable[[], None]) -> int:
   from big_ssl import train
 
   logger = _make_logger(run, workdir)
   try:
     logger.notice(run.describe())
     logger.notice(f"work directory {workdir}")
-    code = train.train(run, workdir, logger)
+    code = train.train(run, workdir, logger, accepted=record)
     logger.notice(logger.summary())
     return code
   finally:
     logger.close()
 
 
-def _read(run, workdir: pathlib.Path, args: argparse.Namespace) -> int:
+def _read(run, workdir: pathlib.Path, args: argparse.Namespace, record: Callable[[], None]) -> int:
   from big_ssl import evaluate
   from big_ssl.report.write import write_report
-  from big_ssl.start import saved_state
+  from big_ssl.start import has_checkpoint, saved_state
 
+  trained_here = has_checkpoint(run, workdir)  # else the folder holds the evaluation of other weights, and may be new
   logger = _make_logger(run, workdir)
   try:
     state = saved_state(run, workdir, logger, step=args.step)
+    if not trained_here:
+      record()
     extract = evaluate.keeping_extractor(run, workdir, notice=logger.notice)
     if args.mode == "eval":
-      evaluate.evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=int(state.step))
+      refused = evaluate.evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=int(state.step))
       write_report(run, workdir, logger, status="evaluated", extract=extract)
-    else:
-      for file in evaluate.extract_to(workdir, run, extract, state):
-        logger.notice(f"wrote {file}")
+      return 2 if refused else 0
+    for file in evaluate.extract_to(workdir, run, extract, state):
+      logger.notice(f"wrote {file}")
     return 0
   finally:
     logger.close()

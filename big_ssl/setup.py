@@ -15,12 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from big_ssl import __version__
-from big_ssl.augment.apply import validate
 from big_ssl.augment.photometric import Normalize
 from big_ssl.core import config as config_lib
 from big_ssl.core import sharding
 from big_ssl.core.config import Config
-from big_ssl.core.method import Inputs, Method, as_streams
+from big_ssl.core.method import Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
 from big_ssl.core.step import check_accumulation, make_step, prepare_streams
 from big_ssl.core.types import Extra, PyTree, TrainState, UserError
@@ -29,6 +28,7 @@ from big_ssl.data.balanced import labeled_subset
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Evaluator
+from big_ssl.methods.parts import check_views
 from big_ssl.models.layers import Backbone
 
 _PROTOCOL_FIELDS = {"model": "model.name", "patch": "model.patch", "mean": "method.mean", "std": "method.std"}
@@ -210,9 +210,9 @@ def _batch_shapes(method: Method, pipelines: dict[str, Pipeline]) -> PyTree:
 def make_method(
   config: Config, *, total_steps: int = 1, num_examples: int = 0, channels: int = 3, num_classes: int = 0
 ) -> Method:
-  """The method with its backbone, built and checked."""
+  """The method with its backbone, built and checked; `channels` is 0 as long as the data is not known."""
   model = config_lib.build_named("models", config.model, Backbone, path="config.model")
-  if hasattr(model, "channels") and "channels" not in config.model:
+  if channels and hasattr(model, "channels") and "channels" not in config.model:
     model = model.clone(channels=channels)
   return config_lib.build_named(
     "methods",
@@ -274,7 +274,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   mesh = sharding.make_mesh(config.mesh, batch_size=config.batch_size, devices=devices)
   if config.optim.accumulate < 1 or config.batch_size % (config.optim.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
     raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
-  check_accumulation(make_method(config), config.optim.accumulate)  # config errors before any data is opened
+  check_accumulation(make_method(config, channels=0), config.optim.accumulate)  # config errors before any data is opened
   evaluators, sources = make_evaluators(config), open_data(config)
   known = sources["train"].labels
   num_classes = int(np.max(known)) + 1 if known is not None and len(known) else 0  # also of classes that no chosen image has
@@ -290,8 +290,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     channels=train.channels,
     num_classes=num_classes,
   )
-  for inputs in (*as_streams(method.inputs()).values(), Inputs(views=(method.eval_view(),))):
-    validate(inputs.views, train.channels)
+  check_views(method)
   pipelines = {
     name: make_pipeline(config, sources[inputs.source], inputs, mesh=mesh, stream=name) for name, inputs in as_streams(method.inputs()).items()
   }

@@ -60,21 +60,45 @@ def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainSt
   return state
 
 
+def has_checkpoint(run: Run, workdir: pathlib.Path) -> bool:
+  """Whether `workdir` has a checkpoint; nothing is made where it has none.
+
+  Raises:
+    UserError: neither a checkpoint nor `config.init_from`.
+  """
+  folder = workdir / "checkpoints"
+  found = folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+  if not found and run.config.init_from is None:
+    raise _no_checkpoint(workdir)
+  return found
+
+
+def _no_checkpoint(workdir: pathlib.Path) -> UserError:
+  hint = "--config.init_from.path=DIR reads the weights of another run, or of an imported file"
+  return UserError(f"--workdir={workdir}: no checkpoint in it; {hint}.")
+
+
 def saved_state(run: Run, workdir: pathlib.Path, logger: Logger, *, step: int | None = None) -> TrainState:
   """What is evaluated: a checkpoint of `workdir`, or the weights of `config.init_from` where it has none.
+
+  Nothing in `workdir` is changed: a run may be writing there.
 
   Args:
     step: of the checkpoint; the newest where None.
 
   Raises:
-    UserError: neither a checkpoint nor `config.init_from`.
+    UserError: neither a checkpoint nor `config.init_from`, or no readable one.
   """
-  checkpointer = Checkpointer(workdir)
-  restored = checkpointer.restore(run.abstract_state, step=step, warn=logger.warning, check=run.check_protocol)
-  checkpointer.close()
-  if restored is not None:
-    return restored[0]
-  if run.config.init_from is None:
-    hint = "--config.init_from.path=DIR reads the weights of another run, or of an imported file"
-    raise UserError(f"--workdir={workdir}: no checkpoint in it; {hint}.")
+  if has_checkpoint(run, workdir):
+    checkpointer = Checkpointer(workdir)
+    restored = checkpointer.restore(
+      run.abstract_state, step=step, warn=logger.warning, check=run.check_protocol, set_aside=False
+    )
+    checkpointer.close()
+    if restored is not None:
+      return restored[0]
+    if run.config.init_from is None:  # a folder of that name that is no checkpoint
+      raise _no_checkpoint(workdir)
+  if step is not None:
+    raise UserError(f"--step={step}: no checkpoint in --workdir={workdir}; config.init_from.step is that of config.init_from.path.")
   return start_from(run.config.init_from, run.initial_state(), logger, model=run.method.model)

@@ -24,7 +24,11 @@ from typing import Any
 
 from big_ssl.core.command import exit_code
 
-_DATA_KEYS = {"data": "source", "data_dir": "dir", "split": "split", "eval_split": "eval_split", "eval_examples": "eval_examples"}
+# What a task has no key for, such as `canvas`, is the run's; all that chooses images is the task's own.
+_DATA_KEYS = {
+  **{"data": "source", "data_dir": "dir", "split": "split", "eval_split": "eval_split", "eval_examples": "eval_examples"},
+  **{name: name for name in ("labels_per_class", "labels_share", "labels_seed", "labels_file")},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Task:
     evals: evaluators and their fields, as `config.evals`.
     data_dir, split, eval_split: as of `config.data`; "" lets the source choose.
     eval_examples: the most held-out images; 0 is all.
+    labels_per_class, labels_share, labels_seed, labels_file: as of `config.data`, which training images are used; those of
+      the run are for its own data, so here all are where the task says nothing.
     eval_fraction: share of the shorter side that the evaluation crop keeps, 0 squashes the whole image; None is the run's.
   """
 
@@ -47,6 +53,10 @@ class Task:
   split: str = ""
   eval_split: str = ""
   eval_examples: int = 0
+  labels_per_class: int = 0
+  labels_share: float = 0.0
+  labels_seed: int = 0
+  labels_file: str = ""
   eval_fraction: float | None = None
 
 
@@ -58,7 +68,7 @@ class Row:
     task, evaluator, metric: names; "" where there is none.
     value: as the evaluator gives it, shares in percent.
     low, high: 95 % for the draw of the held-out images: the evaluator's own, or Wilson's for accuracies; None for others.
-    n: held-out images.
+    n: held-out images, or what else the metric is a mean over, see `evals.base.Report.images`.
     protocol: of the evaluator, in words.
     seed: of the run.
     seconds: of the evaluator.
@@ -151,23 +161,29 @@ def _labeled_count(run: Any) -> int:
 
 def metric_rows(report: Any, *, images: int, common: Mapping[str, Any]) -> list[Row]:
   """A row for each metric; those that are the ends of another's interval go with it."""
-  metrics, count = report.metrics, images if report.images is None else report.images
+  metrics, counts = report.metrics, images if report.images is None else report.images
   rows = []
   for name, value in metrics.items():
+    count = counts.get(name, images) if isinstance(counts, Mapping) else counts
     ends = [_end(name, end) for end in ("low", "high")]
     if any(name.endswith(end) and len(name) > len(end) + 1 for end in ("_low", "_high", "/low", "/high")):
       continue
     low, high = (metrics.get(end) for end in ends)
     if low is None:
       low, high = _wilson(name, value, count)
-    group = metrics.get(f"{name.rpartition('/')[0]}/n") if name.startswith("group/") else None
+    group = metrics.get(f"{name.rpartition('/')[0]}/n") if _of_group(name) else None
     rows.append(Row(**common, metric=name, value=value, low=low, high=high, n=count if group is None else int(group)))
   return [row for row in rows if not row.metric.endswith("/n")]
 
 
 def _end(name: str, end: str) -> str:
   """ "top1_masked" -> "top1_masked_low"; "group/a/top1" -> "group/a/low"."""
-  return f"{name.rpartition('/')[0]}/{end}" if name.startswith("group/") else f"{name}_{end}"
+  return f"{name.rpartition('/')[0]}/{end}" if _of_group(name) else f"{name}_{end}"
+
+
+def _of_group(name: str) -> bool:
+  """Whether it is of one group of images, also of a baseline: "random_init/group/a/top1"."""
+  return "group" in name.split("/")[:-1]
 
 
 def _wilson(name: str, value: float, count: int) -> tuple[float | None, float | None]:

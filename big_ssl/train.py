@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import pathlib
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +18,7 @@ from jax.experimental import multihost_utils
 from big_ssl.core import health
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.logger import Logger, peak_flops
+from big_ssl.core.types import TrainState
 from big_ssl.evaluate import Extractor, evaluate, refresh
 from big_ssl.report.write import write_report
 from big_ssl.setup import Run
@@ -24,7 +29,7 @@ _MAX_SKIPPED_LOGS = 3  # so many log lines in a row with a skipped step end the 
 
 
 class StopRequest:
-  """Remembers SIGTERM and Ctrl-C until the step is finished; a second Ctrl-C ends at once."""
+  """Remembers SIGTERM and Ctrl-C until the step or the evaluator is finished; a second Ctrl-C ends at once."""
 
   def __init__(self):
     self.signal: str | None = None
@@ -37,13 +42,18 @@ class StopRequest:
     if self.signal == "SIGINT" and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal = signal.Signals(number).name
+    again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+    with contextlib.suppress(OSError):  # not by print, which refuses to be called while it is at work
+      os.write(2, f"{self.signal}: the run is saved and stops after this step or evaluator{again}\n".encode())
 
   def reached(self, step: int) -> bool:
     """Whether to stop after `step`; all processes agree on the step."""
-    if jax.process_count() > 1:
-      flags = multihost_utils.process_allgather(np.int32(self.signal is not None)) if step % 8 == 0 else np.zeros(1)
-      return bool(np.max(flags))
-    return self.signal is not None
+    return (jax.process_count() == 1 or step % 8 == 0) and self.agreed()
+
+  def agreed(self) -> bool:
+    """Whether any process was told to stop; all must ask at the same point."""
+    mine = self.signal is not None
+    return bool(np.max(multihost_utils.process_allgather(np.int32(mine)))) if jax.process_count() > 1 else mine
 
 
 def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) -> health.Verdict:
@@ -59,16 +69,52 @@ def judge(run: Run, logger: Logger, metrics: dict[str, float], previous: str) ->
   return verdict
 
 
-def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
-  """Trains to the end, to a signal or to a failure; returns the exit code."""
+def evaluate_until_told(
+  run: Run, extract: Extractor, state: TrainState, names: Sequence[str], *, logger: Logger, stop: StopRequest
+) -> bool:
+  """Runs the named evaluators one by one, as long as no signal has come; returns whether all were run."""
+  with logger.timer("eval"):
+    for name in names:
+      if stop.agreed():
+        return False
+      evaluate(run, extract, state, names=[name], logger=logger, step=int(state.step))
+  return True
+
+
+def not_evaluated(workdir: pathlib.Path, names: Sequence[str], *, step: int) -> list[str]:
+  """Those of the evaluators without a line of `step` in metrics.jsonl: a run that was cut off in an evaluation has saved before."""
+  missing = np.ones(len(names), np.int32)
+  if jax.process_index() == 0 and (file := workdir / "metrics.jsonl").is_file():
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["step"] == step]
+    missing = np.array([not any(f"eval/{name}/protocol" in row for row in rows) for name in names], np.int32)
+  if jax.process_count() > 1:
+    missing = multihost_utils.broadcast_one_to_all(missing)
+  return [name for name, lacks in zip(names, missing, strict=True) if lacks]
+
+
+def _stopped(run: Run, workdir: pathlib.Path, logger: Logger, checkpointer: Checkpointer, *, step: int, stop: StopRequest) -> int:
+  with logger.timer("checkpoint"):
+    checkpointer.close()
+  logger.notice(f"stopped by {stop.signal or 'another process'} after saving step {step}; run the same command to continue")
+  write_report(run, workdir, logger, status="stopped")
+  return STOPPED
+
+
+def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable[[], None] = lambda: None) -> int:
+  """Trains to the end, to a signal or to a failure; returns the exit code.
+
+  Args:
+    accepted: called once it is known that what is in `workdir` is of this run, before anything is trained.
+  """
   config, total = run.config, run.total_steps
   log_every, save_every = run.steps(config.log_every), run.steps(config.checkpoint.every)
-  keep_every = run.steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None
+  keep_every = config.checkpoint.keep_period(batch_size=config.batch_size, examples=run.examples)
   eval_every = {name: run.steps(e.every) if e.every else total for name, e in run.evaluators.items()}
   stop, extract = StopRequest(), Extractor(run)
   checkpointer = Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=keep_every)
   state = start_state(run, checkpointer, logger)
   start = int(state.step)
+  accepted()
   logger.resume(start)
 
   if start < total:
@@ -81,6 +127,11 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
 
   metrics, refreshed, verdict_state, skipped_logs, saved = None, {}, "", 0, start
   refreshes = run.method.refresh_steps()
+  due = [name for name, every in eval_every.items() if start % every == 0] if 0 < start < total else []
+  if due and (due := not_evaluated(workdir, due, step=start)):
+    if not evaluate_until_told(run, extract, state, due, logger=logger, stop=stop) or stop.agreed():
+      return _stopped(run, workdir, logger, checkpointer, step=start, stop=stop)
+    extract.forget()
   for step in range(start, total):
     if step in refreshes:  # a checkpoint of this step holds the state before
       with logger.timer("refresh"):
@@ -112,29 +163,26 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger) -> int:
         return FAILED
 
     stopping = stop.reached(done)
-    if done % save_every == 0 or done == total or stopping:
+    due = [name for name, every in eval_every.items() if done % every == 0 or done == total]
+    if done % save_every == 0 or done == total or stopping or due:  # an evaluation may take long, and be cut off
       with logger.timer("checkpoint"):
         checkpointer.save(state, meta=run.meta())
         saved = done
     if stopping and done < total:
-      with logger.timer("checkpoint"):
-        checkpointer.close()
-      logger.notice(f"stopped by {stop.signal or 'another process'} after saving step {done}; run the same command to continue")
-      write_report(run, workdir, logger, status="stopped")
-      return STOPPED
+      return _stopped(run, workdir, logger, checkpointer, step=done, stop=stop)
 
-    due = [name for name, every in eval_every.items() if done % every == 0 or done == total]
     if due:
+      if not evaluate_until_told(run, extract, state, due, logger=logger, stop=stop) or (done < total and stop.agreed()):
+        return _stopped(run, workdir, logger, checkpointer, step=done, stop=stop)
       with logger.timer("eval"):
-        evaluate(run, extract, state, names=due, logger=logger, step=done)
         write_report(run, workdir, logger, status="training")
       if done < total:
         extract.forget()  # its memory is training's again
 
   if start >= total:
     logger.notice(f"already trained for {total} steps; evaluating")
-    with logger.timer("eval"):
-      evaluate(run, extract, state, names=list(run.evaluators), logger=logger, step=total)
+    if not evaluate_until_told(run, extract, state, list(run.evaluators), logger=logger, stop=stop):
+      return _stopped(run, workdir, logger, checkpointer, step=total, stop=stop)
   with logger.timer("checkpoint"):
     checkpointer.close()
   if problems := run.sources["train"].problems:

@@ -8,7 +8,8 @@
   configs/segmentation.py:cityscapes     Segmenter, ViT-L/16 and mask decoder, 216 epochs (79.1 from AugReg)
 
 A backbone comes by --config.init_from.path=WORKDIR; without one it starts at random. Folders hold images and masks as
-train/images/a.jpg and train/labels/a.png. Every recipe scores the trained decoder on the held-out masks.
+train/images/a.jpg and train/labels/a.png. Every recipe scores the trained decoder on the held-out masks, and normalizes as
+the backbone named here; for another one give its config.method.mean and std.
 
 Command: python -m big_ssl.main --config=configs/segmentation.py
 """
@@ -56,7 +57,7 @@ def camvid() -> dict:
 
 def ade20k_linear() -> dict:
   """DINOv3's: AdamW 1e-3 (of 1e-4, 3e-4, 1e-3, 3e-3 the best is taken), decay 1e-3 on every weight, warm-up of 1,500 steps."""
-  return _ade20k(total="40000steps", batch_size=16) | dict(
+  return _ade20k(total="40000steps", batch_size=16, stride=341) | dict(
     method=dict(name="segmentation", classes=150, drop_first=True, decoder="probe", frozen=True),
     model=dict(name="vit", variant="B", patch=16, image_size=224),
     optim=dict(
@@ -72,7 +73,7 @@ def ade20k_linear() -> dict:
 
 def ade20k_mask() -> dict:
   """Segmenter's: SGD at one rate for encoder and decoder, poly to 1e-5, stochastic depth 0.1."""
-  return _ade20k(total="64epochs", batch_size=8) | dict(
+  return _ade20k(total="64epochs", batch_size=8, stride=512) | dict(
     method=dict(name="segmentation", classes=150, drop_first=True, decoder="mask"),
     model=dict(name="vit", variant="B", patch=16, image_size=512, drop_path=0.1, pos_rule="bilinear"),
     optim=_segmenter_sgd(lr=1e-3),
@@ -80,9 +81,10 @@ def ade20k_mask() -> dict:
 
 
 def cityscapes() -> dict:
-  """Segmenter's: crops of 768 of images with a shorter side of 1,024, 19 classes."""
+  """Segmenter's: crops of 768 of images with a shorter side of 1,024, 19 classes; pixels from -1 to 1, as AugReg's."""
+  half = (0.5, 0.5, 0.5)
   return _run(total="216epochs", batch_size=8) | dict(
-    method=dict(name="segmentation", classes=19, decoder="mask", size=768, short_side=1024),
+    method=dict(name="segmentation", classes=19, decoder="mask", size=768, short_side=1024, mean=half, std=half),
     model=dict(name="vit", variant="L", patch=16, image_size=768, drop_path=0.1, pos_rule="bilinear"),
     optim=_segmenter_sgd(lr=1e-2),
     evals=dict(segmentation=dict(head="trained", size=1024, window=768, stride=512, num_classes=19, batch_size=8)),
@@ -94,8 +96,8 @@ def _run(*, total: str, batch_size: int) -> dict:
   return dict(seed=0, batch_size=batch_size, total=total, log_every="50steps", checkpoint=checkpoint)
 
 
-def _ade20k(*, total: str, batch_size: int) -> dict:
-  evaluation = dict(head="trained", size=512, window=512, stride=341, drop_first=True, num_classes=150, batch_size=8)
+def _ade20k(*, total: str, batch_size: int, stride: int) -> dict:
+  evaluation = dict(head="trained", size=512, window=512, stride=stride, drop_first=True, num_classes=150, batch_size=8)
   return _run(total=total, batch_size=batch_size) | dict(evals=dict(segmentation=evaluation))
 
 

@@ -224,7 +224,10 @@ def test_eval_extract_and_check_read_the_checkpoint(tmp_path):
   assert {k: v for k, v in of(tmp_path).items() if k.startswith("knn/")}.items() <= of(tmp_path / "other").items()
   nothing = run(tmp_path / "nothing", "--mode=eval")
   assert nothing.returncode == 2 and "no checkpoint in it; --config.init_from.path=DIR reads" in nothing.stderr
-  assert run(tmp_path, "--mode=extract").returncode == 0
+  assert not (tmp_path / "nothing").exists() and (tmp_path / "other" / "config.json").exists()
+  trained = (tmp_path / "config.json").read_text()
+  assert run(tmp_path, "--mode=extract", "--config.log_every=3steps").returncode == 0
+  assert (tmp_path / "config.json").read_text() == trained
   with np.load(tmp_path / "features_eval.npz") as z:
     assert z["features"].shape == (40, 24) and z["labels"].shape == (40,)
   done = run(tmp_path, "--mode=check")

@@ -16,7 +16,7 @@ from big_ssl.evals.knn import Knn
 from big_ssl.evals.linear import LinearProbe
 from big_ssl.evals.lowshot import LowShot
 from big_ssl.evals.video_segmentation import VideoSegmentation
-from big_ssl.evaluate import Extractor
+from big_ssl.evaluate import Extractor, extract_to
 from big_ssl.models.dense import patch_map
 
 
@@ -90,6 +90,13 @@ def test_evaluators_say_the_same_on_eight_devices_and_for_batches_that_do_not_di
       np.testing.assert_allclose(found.features, features.features, rtol=1e-4, atol=1e-5, err_msg=name)
     for evaluator in EVALUATORS:
       assert evaluator(in_halves(other), mesh=other._run.mesh) == evaluator(in_halves(one), mesh=one._run.mesh), name
+
+
+def test_a_full_disk_ends_an_extraction_in_one_line_and_leaves_no_half_file(one, tmp_path):
+  (tmp_path / "features_train.tmp").symlink_to("/dev/full")
+  with pytest.raises(UserError, match="features_train.npz: cannot be written: No space left on device"):
+    extract_to(tmp_path, one._run, one, one.state)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_random_weights_are_those_of_the_initialization(one):

@@ -74,6 +74,17 @@ def test_a_damaged_file_is_told_in_one_line_and_made_anew(tmp_path, damage):
   assert kept.load(owner="pixels", key="k") is not None
 
 
+def test_features_of_another_user_are_read_though_their_time_cannot_be_set(tmp_path, monkeypatch):
+  def refuse(*args, **kwargs):
+    raise PermissionError(1, "Operation not permitted")
+
+  kept = cache(tmp_path)
+  kept.save(stored(), owner="pixels", key="k")
+  monkeypatch.setattr(os, "utime", refuse)
+  assert kept.load(owner="pixels", key="k") is not None
+  assert len(kept.said) == 1 and "features read" in kept.said[0], kept.said
+
+
 def test_what_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")

@@ -28,7 +28,7 @@ MAY_IMPORT = {
   "augment": ("core.types", "core.packing", "core.resampling", "augment"),
   "models": ("core.types", "core.packing", "losses", "ops", "augment", "models"),
   "weights": ("core.types", "models", "weights"),
-  "weights.transfer": ("core.types", "core.config", "core.checkpoint", "models", "weights"),
+  "weights.transfer": ("core.types", "core.config", "core.checkpoint", "core.method", "models", "weights"),
   "weights.__main__": ("core.types", "core.checkpoint", "core.command", "weights"),
   "methods": (
     *("core.types", "core.method", "core.health", "core.packing", "core.schedules"),

@@ -158,6 +158,27 @@ def test_scores_are_named_and_have_their_unit(score, title, value):
   assert words.value(score, 71.0) == value
 
 
+@pytest.mark.parametrize(
+  ("score", "percent"),
+  [
+    *[(name, True) for name in ("j", "random_init/f", "first_mask/j_and_f", "jaccard_head_0", "strong_map", "easy_map", "hard_precision_at_5")],
+    *[(name, True) for name in ("mean_accuracy", "raw_colors/miou", "iou/sky", "worst_group", "disparity_low", "shape_bias", "group/a/low")],
+    *[(name, False) for name in ("group/a/n", "random_init/group/a/n", "effective_rank", "uniformity", "used_dimensions")],
+  ],
+)
+def test_every_score_that_is_a_share_has_its_unit(score, percent):
+  assert words.value(score, 41.5) == ("41.5 %" if percent else "41.5")
+
+
+def test_yardsticks_of_dense_evaluations_are_columns_not_scores(tmp_path):
+  scores = {"j_and_f": 60.0, "random_init/j_and_f": 20.0, "first_mask/j_and_f": 30.0, "raw_colors/j_and_f": 10.0}
+  row = {"step": 700, "eval/video/protocol": "J and F"} | {f"eval/video/{k}": v for k, v in scores.items()}
+  record = collect.collect(make(tmp_path, rows=[line(700), row]))
+  assert record.latest[0].own == {"j_and_f": 60.0}
+  text = Page(page.render(record)).text
+  assert "the first mask kept" in text and "mean colors of patches" in text and "30.0 %" in text
+
+
 def test_an_old_run_of_two_files_has_a_report_too(tmp_path):
   make(tmp_path, facts=None, picture=False)
   with (tmp_path / "metrics.jsonl").open("a") as f:

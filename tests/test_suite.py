@@ -1,5 +1,6 @@
 """One checkpoint on many data sets: the table, what is skipped and why, and mistakes in the manifest."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -149,3 +150,29 @@ def test_ends_of_an_interval_go_with_their_number_and_accuracies_get_one():
   assert (rows["top1_masked"].low, rows["top1_masked"].high, rows["top1_masked"].n) == (55.0, 65.0, 100)
   assert (rows["group/a/top1"].low, rows["group/a/top1"].high, rows["group/a/top1"].n) == (30.0, 50.0, 12)
   assert rows["top1"].low == pytest.approx(40.38, abs=0.01) and rows["map"].low is None and rows["top1_5img_std"].low is None
+
+
+def test_a_baseline_of_a_group_has_the_images_and_the_interval_of_the_group():
+  metrics = {f"random_init/group/a/{k}": v for k, v in {"top1": 40.0, "low": 30.0, "high": 50.0, "n": 12.0}.items()}
+  (row,) = suite.metric_rows(Report(metrics, "p", images=100), images=7, common={"task": "t", "evaluator": "e"})
+  assert (row.metric, row.low, row.high, row.n) == ("random_init/group/a/top1", 30.0, 50.0, 12)
+
+
+def test_metrics_of_different_images_have_each_their_number():
+  report = Report({"easy_map": 1.0, "hard_map": 2.0, "other": 3.0}, "p", images={"easy_map": 4, "hard_map": 5})
+  rows = suite.metric_rows(report, images=7, common={"task": "t", "evaluator": "e"})
+  assert [row.n for row in rows] == [4, 5, 7]
+
+
+def test_the_labels_that_a_run_was_trained_on_do_not_choose_those_of_a_task(monkeypatch):
+  @dataclasses.dataclass
+  class Run:
+    config: object
+    method: object = None
+
+  monkeypatch.setattr(setup, "on_other_data", lambda run, config: config.data)
+  run = Run(engine.load("msn", **{"data.labels_per_class": 13, "data.labels_seed": 2, "data.labels_file": "mine.txt", "data.canvas": 64}))
+  task = {"name": "pets", "data": "pets", "evals": {"knn": {}}}
+  plain, few = (suite.task_run(run, suite.Task(**task, **more)) for more in ({}, {"labels_share": 0.1}))
+  assert (plain.source, plain.labels_per_class, plain.labels_share, plain.labels_seed, plain.labels_file) == ("pets", 0, 0.0, 0, "")
+  assert plain.canvas == 64 and (few.labels_per_class, few.labels_share, few.labels_file) == (0, 0.1, "")

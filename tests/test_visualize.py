@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 import typing
 
 import engine
@@ -15,10 +16,10 @@ from big_ssl.core import config as config_lib
 from big_ssl.core import report_config
 from big_ssl.core.logger import Logger
 from big_ssl.core.types import UserError
-from big_ssl.evals.base import unit
+from big_ssl.evals.base import Features, unit
 from big_ssl.report.write import write_report
 from big_ssl.visualize import __main__ as command
-from big_ssl.visualize import drawing, kinds, pca, prototypes
+from big_ssl.visualize import drawing, embedding, kinds, pca, prototypes
 from big_ssl.visualize.subject import Options, open_run
 
 FEW = {"model.registers": 2, "model.depth": 1, "method.num_prototypes": 8, "method.hidden_dim": 16, "data.train_examples": 24, "data.eval_examples": 20}
@@ -122,6 +123,54 @@ def test_pca_colors_everything_where_the_first_component_parts_images_not_patche
   assert not found.masked and all(m.all() for m in found.foreground)
 
 
+def test_pca_of_a_foreground_too_small_for_three_components_colors_everything():
+  tokens = np.random.default_rng(0).normal(0, 0.01, (8, 8, 6))
+  tokens[3, 3:5] += 5
+  found = pca.color([tokens])
+  assert not found.masked and found.foreground[0].all() and np.isfinite(found.colors[0]).all()
+
+
+def test_equal_features_have_one_panel_and_the_caption_says_why(monkeypatch):
+  def project(x, *, how):
+    assert how == "PCA", f"{how} of equal rows"
+    return plane(x, how=how)
+
+  plane = embedding.project
+  monkeypatch.setattr(embedding, "project", project)
+  monkeypatch.setattr(embedding, "_installed", lambda name: True)
+  rows = np.full((30, 6), 6**-0.5, np.float32)
+  looked_at = types.SimpleNamespace(features=Features(rows, np.arange(30) % 3, np.arange(30)), class_name=str)
+  (picture,) = embedding.draw(looked_at, Options())
+  assert "in a plane (PCA)" in picture.caption and "t-SNE and UMAP left out, as all images have the same features" in picture.caption
+
+
+def test_attention_is_the_same_function_at_every_report(subject):
+  functions = []
+
+  @dataclasses.dataclass
+  class Recording:
+    run, images = subject.run, subject.images
+
+    def __getattr__(self, name):
+      return getattr(subject, name)
+
+    def maps(self, function, images):
+      functions.append(function)
+      return [np.ones((2, 4, 4)) for _ in images]
+
+  for layer in (-1, -1, 0):
+    kinds.attention.draw(Recording(), Options(count=1, layer=layer))
+  assert len({functions[0], functions[1]}) == 1 and functions[2] != functions[0], "compiled anew, and kept"
+
+
+def test_clusters_of_one_class_are_two(subject):
+  x = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+  bare = types.SimpleNamespace(state=None, over_training_set=lambda *args, **kwargs: np.zeros((12, 0)))
+  features = Features(x, np.zeros(12, np.int32), np.arange(12))
+  found = prototypes.assign(types.SimpleNamespace(extract=bare, run=subject.run, features=features, images=range(12)))
+  assert found.total == 2 and set(found.assigned) == {0, 1}
+
+
 def test_otsu_cuts_between_two_heaps():
   values = np.concatenate([np.linspace(0, 1, 50), np.linspace(5, 6, 20)])
   assert 1 <= pca.otsu(values) <= 5
@@ -198,6 +247,18 @@ def test_a_failing_picture_is_one_line_and_the_others_are_drawn(subject, tmp_pat
   said = []
   kinds.draw_for_report(subject, tmp_path, names=("pca", "neighbors"), count=2, warn=said.append)
   assert [f.name for f in tmp_path.iterdir()] == ["neighbors.png"] and len(said) == 1 and "ZeroDivisionError" in said[0]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_process_alone_with_the_next(subject, tmp_path, monkeypatch):
+  def full(self, directory):
+    raise OSError(28, "No space left on device")
+
+  drawn, said = [], []
+  for name in ("pca", "neighbors"):
+    monkeypatch.setitem(kinds.KINDS, name, lambda s, o, name=name: drawn.append(name) or [drawing.Picture(name, np.zeros((2, 2, 3), np.uint8), "")])
+  monkeypatch.setattr(drawing.Picture, "save", full)
+  kinds.draw_for_report(subject, tmp_path, names=("pca", "neighbors"), count=2, warn=said.append)
+  assert drawn == ["pca", "neighbors"] and len(said) == 2 and all("No space left" in line for line in said), said
 
 
 def test_a_report_may_ask_for_every_kind_and_no_other():

@@ -4,7 +4,7 @@ The image is one crop, [H, W, C] float32 in [0, 1], and stays in [0, 1] until `N
 operation draws all it needs from its key, on or off included, so a batch costs the same whatever was drawn.
 
 Gray images (one channel) pass saturation, hue and grayscale unchanged. Other numbers of channels than 1 and 3 have no
-hue or gray: `validate` and the call raise `UserError`.
+hue or gray: `validate` and the call raise `UserError`, unless what needs a color is switched off.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class ColorJitter(Operation):
       self._check(getattr(self, field) in options, field, " or ".join(map(repr, options)), options)
 
   def validate(self, channels: int, *, view: str = "?") -> None:
-    self._need_color(channels, view)
+    luma = self.contrast > 0 and self.style == "pil"
+    if self.p > 0 and (self.saturation > 0 or self.hue > 0 or luma):
+      self._need_color(channels, view)
 
   def __call__(self, key: Array, image: Array) -> Array:
     self.validate(image.shape[-1])
@@ -138,7 +140,7 @@ class ColorJitter(Operation):
   def _affine(self, flag: dict[str, Array], amounts: dict[str, Array], image: Array) -> Array:
     """The one of brightness, contrast and luma saturation whose flag is set, or the identity; clipped."""
     scale, shift = jnp.float32(1.0), jnp.float32(0.0)
-    gray = color.luma(image) if self.style == "pil" else None
+    gray = color.luma(image) if self.style == "pil" and flag.keys() & {"contrast", "saturation"} else None
     for name, on in flag.items():
       if name == "brightness" and self.style == "byol":
         shift += jnp.where(on, amounts[name], 0.0)
@@ -164,7 +166,8 @@ class Grayscale(Operation):
     self._check(self.luma in ("pil", "byol"), "luma", "'pil' or 'byol'", ("pil", "byol"))
 
   def validate(self, channels: int, *, view: str = "?") -> None:
-    self._need_color(channels, view)
+    if self.p > 0:
+      self._need_color(channels, view)
 
   def __call__(self, key: Array, image: Array) -> Array:
     self.validate(image.shape[-1])

@@ -1,11 +1,13 @@
 """Checkpoints: the TrainState pytree and a small record, written asynchronously and atomically by Orbax.
 
 Before anything is loaded, names, shapes and dtypes are compared with the record, since the storage layer would cast a
-dtype silently. A damaged newest checkpoint is set aside, never deleted, and the one before it is used.
+dtype silently. A damaged newest checkpoint is set aside, never deleted, and the one before it is used; only files that
+are damaged count, not a machine without memory or a file system that does not answer.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import pathlib
 import re
@@ -16,8 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from big_ssl.core.types import PyTree, TrainState, UserError
+
+_READ, _DAMAGED, _REFUSED = range(3)  # what became of a checkpoint, the worst last
+# Of the storage layer, at the start of its messages; its others (not found, out of range, data loss) are of the files.
+_SYSTEM = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "UNKNOWN")
+_FILE_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def signature(state: PyTree) -> dict[str, list]:
@@ -49,8 +57,29 @@ def quiet_storage() -> None:
 def _cause(error: Exception) -> str:
   """The system's own words where the long message of the storage layer ends in them."""
   text = str(error).strip() or type(error).__name__
-  system = re.findall(r": ([^:]+?) \[os_error_code=", text)
-  return system[-1] if system else text.splitlines()[0][:160]
+  for end in ("os_error_code", "tensorstore_spec"):
+    if system := re.findall(rf": ([^:]+?) \[{end}", text):
+      return system[-1]
+  return text.splitlines()[0][:160]
+
+
+def _system_failed(error: BaseException | None) -> bool:
+  """Whether memory or the file system failed, which says nothing about what the files hold."""
+  while error is not None:
+    text = str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or text.startswith(_SYSTEM):
+      return True
+    if isinstance(error, OSError) and error.errno not in _FILE_ERRORS:
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _outcome(error: Exception | None) -> int:
+  """Of all processes the worst, so that they go on alike."""
+  refused = isinstance(error, UserError) or _system_failed(error)
+  mine = _READ if error is None else _REFUSED if refused else _DAMAGED
+  return int(np.max(multihost_utils.process_allgather(np.int32(mine)))) if jax.process_count() > 1 else mine
 
 
 class Checkpointer:
@@ -104,34 +133,57 @@ class Checkpointer:
     step: int | None = None,
     warn: Callable[[str], None] = print,
     check: Callable[[dict[str, Any], str], None] = lambda record, where: None,
+    set_aside: bool = True,
   ) -> tuple[TrainState, dict] | None:
     """The newest readable state, placed as the shardings of `abstract` say, and its record; None when there is none.
 
     Args:
       check: is given the record and the directory before the arrays are read, and may raise `UserError`.
+      set_aside: move newer ones that are damaged out of the way, so that their steps can be saved again. Nothing is
+        moved before an older one has been read.
 
     Raises:
-      UserError: the checkpoint is of another tree, or the asked `step` does not exist.
+      UserError: the checkpoint is of another tree, the asked `step` does not exist, memory or the file system failed, or
+        there are checkpoints and all are damaged.
     """
     steps = self.steps()
     if step is not None and step not in steps:
       raise UserError(f"{self.directory}: no checkpoint of step {step}. There are: {', '.join(map(str, steps)) or 'none'}.")
+    damaged: dict[int, str] = {}
     for candidate in [step] if step is not None else reversed(steps):
+      found = error = None
       try:
-        record = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        check(record, str(self.directory / str(candidate)))
-        compare(record["tree"], signature(abstract), where=str(self.directory / str(candidate)))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._manager.restore(candidate, args=args)["state"]
-        if int(state.step) != candidate:
-          raise ValueError(f"holds step {int(state.step)}")
-        return state, record
-      except UserError:
-        raise
-      except Exception as error:  # damaged files surface as many kinds of exception
-        aside = self._set_aside(candidate)
-        warn(f"checkpoint {candidate} is damaged ({_cause(error)}); moved to {aside}, trying the one before it.")
+        found = self._state(candidate, abstract, check)
+      except Exception as e:  # damaged files surface as many kinds of exception
+        error = e
+      outcome = _outcome(error)
+      cause = _cause(error) if error else "another process could not read it"
+      if outcome == _READ:
+        for number, why in damaged.items():
+          where = f"moved to {self._set_aside(number)}" if set_aside else "left where it is"
+          warn(f"checkpoint {number} is damaged ({why}); {where}, that of step {candidate} is used.")
+        return found
+      if outcome == _REFUSED:
+        if isinstance(error, UserError):
+          raise error
+        raise UserError(f"{self.directory / str(candidate)}: could not be read ({cause}); nothing was changed, try again.") from error
+      damaged[candidate] = cause
+    if damaged:
+      listed = "; ".join(f"{number}: {why}" for number, why in list(damaged.items())[:3])
+      raise UserError(f"{self.directory}: no readable checkpoint ({listed}); nothing was changed. Restore one, or use another --workdir.")
     return None
+
+  def _state(
+    self, step: int, abstract: TrainState, check: Callable[[dict[str, Any], str], None]
+  ) -> tuple[TrainState, dict]:
+    where = str(self.directory / str(step))
+    record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    check(record, where)
+    compare(record["tree"], signature(abstract), where=where)
+    state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    if int(state.step) != step:
+      raise ValueError(f"holds step {int(state.step)}")
+    return state, record
 
   def read(self, step: int | None = None) -> dict[str, np.ndarray]:
     """{path: array} of a checkpoint whatever run it is of, the newest where `step` is None; every process reads all of it.
@@ -160,6 +212,8 @@ class Checkpointer:
         number += 1
         target = target.with_name(f"{step}.{number}")
       (self.directory / str(step)).rename(target)
+    if jax.process_count() > 1:  # the others list the steps once it is moved
+      multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
     self._manager.reload()
     return target
 

@@ -20,46 +20,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from big_ssl.core.bounds import check_least, check_longer_than_nothing, check_pattern
+from big_ssl.core.data_config import DataConfig
 from big_ssl.core.health import HealthConfig
 from big_ssl.core.report_config import ReportConfig
 from big_ssl.core.types import Interval, Rule, UserError, nearest
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-  """Where images come from and how they reach the device.
-
-  Attributes:
-    source: "sprites", a folder, a tar or glob of tars, a .npz, a TFRecord glob, or "tfds:name".
-    dir: root of prepared TFDS data sets; "" is TFDS's own default.
-    split, eval_split: names of the splits, where the source has them; "" lets the source choose.
-    canvas: side in pixels of the uint8 canvas an image is decoded into; larger images are shrunk to fit, aspect kept;
-      0 chooses from the views (2.3 times the largest, rounded up to 32).
-    crop: "device" cuts the views inside the jitted step, "host" cuts them on the CPU; "auto" is "device" on an
-      accelerator, and "host" on CPU, where the device's work is the host's.
-    threads, prefetch: decoding threads (0: one per core) and batches in flight.
-    train_examples, eval_examples, image_size: size of the `sprites` world; eval_examples also caps other sources (0: all).
-    labels_per_class, labels_share: train, and evaluate what is fitted on training images, on so many labeled images of each
-      class, or on this share of each (at least one), alone; 0 is all. An epoch is one of these.
-    labels_seed: of their draw; the run's seed has no part in it.
-    labels_file: instead, a list of the images as for `core.method.ClassBalanced`.
-  """
-
-  source: str = "sprites"
-  dir: str = ""
-  split: str = ""
-  eval_split: str = ""
-  canvas: int = 0
-  crop: Literal["auto", "device", "host"] = "auto"
-  threads: int = 0
-  prefetch: int = 4
-  train_examples: int = 8192
-  eval_examples: int = 0
-  image_size: int = 48
-  labels_per_class: int = 0
-  labels_share: float = 0.0
-  labels_seed: int = 0
-  labels_file: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +33,9 @@ class OptimConfig:
 
   Attributes:
     lr: peak learning rate; with lr_scale "linear" it is multiplied by batch/256, with "sqrt" by sqrt(batch).
-    schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, then by a cosine to final_lr;
-      "step" multiplies by `decay_factor` at each of `milestones`; "poly" goes to final_lr by (1 - share done)^`poly_power`.
+    schedule: shape of the learning rate; "warmup_cosine" goes start_lr -> lr over `warmup`, which the others do not have,
+      then by a cosine to final_lr; "step" multiplies by `decay_factor` at each of `milestones`; "poly" goes to final_lr by
+      (1 - share done)^`poly_power`.
     warmup_inclusive: the warm-up includes both ends, as numpy's linspace (DINO, SwAV): its last update has the peak already.
     schedule_every: the curves of the learning rate and the weight decay move only so often, such as "1epochs" (MoCo v2).
     stretch: the curves (learning rate, weight decay and the method's own) are laid over stretch * total steps.
@@ -117,6 +83,9 @@ class OptimConfig:
   def __post_init__(self):
     if not 0 < self.layer_decay <= 1:
       raise UserError(f"config.optim.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 is off.")
+    if self.warmup.value > 0 and self.schedule != "warmup_cosine":
+      accepted = f"the schedule {self.schedule!r} has no warm-up; set it to 0steps, or config.optim.schedule=warmup_cosine"
+      raise UserError(f"config.optim.warmup={self.warmup}: {accepted}.")
 
 
 # Of attention and MLP: by heads and hidden channels on the way in, and on the way out, so that a block has one reduction
@@ -139,10 +108,14 @@ class MeshConfig:
   fsdp_min_size: int = 65536
   tensor_rules: tuple[tuple[str, int], ...] = TRANSFORMER_RULES
 
+  def __post_init__(self):
+    for pattern, _ in self.tensor_rules:
+      check_pattern("config.mesh.tensor_rules", pattern)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When to save and what to keep: the last `keep_last`, and for good every `keep_every`.
+  """When to save and what to keep: the last `keep_last`, and for good one every `keep_every`.
 
   `features_gib` is the most that --mode=eval and the suite keep in <workdir>/features, of the last checkpoint that they
   read, so that its images are not seen again; 0 keeps none.
@@ -154,8 +127,20 @@ class CheckpointConfig:
   features_gib: float = 16.0
 
   def __post_init__(self):
-    if self.features_gib < 0:
-      raise UserError(f"config.checkpoint.features_gib={self.features_gib}: expected a size, or 0 to keep none.")
+    check_longer_than_nothing("config.checkpoint.every", self.every)
+    check_longer_than_nothing("config.checkpoint.keep_every", self.keep_every)
+    check_least("config.checkpoint", values=self, keep_last=1, features_gib=0)
+
+  def keep_period(self, *, batch_size: int, examples: int) -> int | None:
+    """Steps from one checkpoint that is kept for good to the next: whole periods of saving, at least one.
+
+    Both lengths rounded by themselves, as epochs of 1,251.1 steps would be, would have no multiple in common.
+    """
+    if self.keep_every is None:
+      return None
+    sizes = {"batch_size": batch_size, "examples": examples}
+    saves = self.keep_every.updates(**sizes) / max(self.every.updates(**sizes), 1.0)
+    return max(1, round(saves)) * self.every.steps(**sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +163,9 @@ class InitFrom:
   skip: str = ""
   freeze_backbone: Interval | None = None
 
+  def __post_init__(self):
+    check_pattern("config.init_from.skip", self.skip)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -199,10 +187,14 @@ class Config:
   init_from: InitFrom | None = None
 
   def __post_init__(self):
-    if self.batch_size < 1:
-      raise UserError(f"config.batch_size={self.batch_size}: expected at least 1.")
-    if self.seed < 0:
-      raise UserError(f"config.seed={self.seed}: expected 0 or more.")
+    check_least("config", values=self, batch_size=1)
+    if not 0 <= self.seed < 2**63:
+      raise UserError(f"config.seed={self.seed}: expected 0 or more, and below 2**63.")
+    check_longer_than_nothing("config.log_every", self.log_every)
+    for name, fields in self.evals.items():
+      if isinstance(fields, Mapping) and fields.get("every") is not None:
+        path = f"config.evals.{name}.every"
+        check_longer_than_nothing(path, Interval.parse(fields["every"], path=path))
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[Config, dict]:
@@ -231,7 +223,11 @@ def read(workdir: pathlib.Path, overrides: Mapping[str, str] | None = None) -> t
 
 def _overridden(tree: dict, overrides: Mapping[str, str] | None) -> tuple[Config, dict]:
   for path, text in (overrides or {}).items():
-    _set(tree, path.split("."), _literal(text), path)
+    keys = path.split(".")
+    value = _literal(text)
+    if _holds_text(keys) and not isinstance(value, str):
+      value = text  # a folder or a file may be called 2012 or none
+    _set(tree, keys, value, path)
   return build(Config, tree, path="config"), tree
 
 
@@ -277,6 +273,15 @@ def _literal(text: str) -> Any:
     except (ValueError, SyntaxError):
       pass
   return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _holds_text(keys: list[str]) -> bool:
+  """Whether a path of `Config` is annotated as `str`."""
+  hint: Any = Config
+  for key in keys:
+    options = [h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)]
+    hint = typing.get_type_hints(options[0]).get(key) if options else None
+  return hint is str
 
 
 def _set(tree: dict, keys: list[str], value: Any, path: str) -> None:

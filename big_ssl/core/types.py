@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -53,6 +54,7 @@ class TrainState:
 
 
 _INTERVAL = re.compile(r"^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|images?)\s*$", re.IGNORECASE)
+_LONGEST = 1e15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +70,22 @@ class Interval:
     if isinstance(text, Interval):
       return text
     match = _INTERVAL.match(text) if isinstance(text, str) else None
-    if match is None:
+    try:
+      value = float(match[1]) if match else math.nan  # "1.2.3" has the form, and is no number
+    except ValueError:
+      value = math.nan
+    if not value <= _LONGEST:
       raise UserError(f"{path}={text!r}: expected a number and a unit, such as '40steps', '10epochs' or '1e6images'.")
-    return cls(float(match[1]), match[2].lower().rstrip("s") + "s")
+    return cls(value, match[2].lower().rstrip("s") + "s")
 
   def steps(self, *, batch_size: int, examples: int) -> int:
     """The interval in updates, rounded to the nearest; 0 stays 0, anything longer is at least 1."""
+    return max(1, round(self.updates(batch_size=batch_size, examples=examples))) if self.value > 0 else 0
+
+  def updates(self, *, batch_size: int, examples: int) -> float:
+    """The interval in updates, not rounded."""
     per_step = {"steps": 1.0, "epochs": batch_size / max(examples, 1), "images": float(batch_size)}[self.unit]
-    return max(1, round(self.value / per_step)) if self.value > 0 else 0
+    return self.value / per_step
 
   def __str__(self) -> str:
     return f"{self.value:g}{self.unit}"

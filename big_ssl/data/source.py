@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import pathlib
 import threading
@@ -373,10 +374,12 @@ def _files(found: Listing, name: str, *, where: str, split: str, eval_split: str
 
 
 def _hold_out(source: DataSource) -> tuple[DataSource, DataSource]:
-  """(rest, tenth): of every class a tenth, drawn at random, and never its only image."""
-  if source.labels is None or len(source) < 2 * HELD_OUT:
-    return source, source
+  """(rest, tenth): of every class a tenth, drawn at random, and never its only image; or all images twice."""
   name, every = source.describe()["name"], np.arange(len(source))
+  if source.labels is None or len(source) < 2 * HELD_OUT:
+    itself = copy.copy(source)  # what is found to be unreadable is known to both
+    itself._title = f"{name}, the training images themselves"
+    return source, itself
   order = np.lexsort((permute(every, size=len(source), seed=0), source.labels))  # class by class, shuffled inside
   first = np.append(True, np.diff(source.labels[order]) != 0)
   held = np.zeros(len(source), bool)

@@ -69,24 +69,28 @@ class AttentionMasks(Evaluator):
     images = extract.images("eval")
     if not images.has_masks:
       return Report({}, "attention masks not computed: the data has no masks")
-    scores = self._score(extract, images, "current")
+    unreadable: list[str] = []
+    scores = self._score(extract, images, "current", unreadable)
     if scores is None:
       return Report({}, "attention masks not computed: the backbone has no attention of CLS to patches in every block")
     if not len(scores):
-      return Report({}, "attention masks not computed: no object in any mask")
+      why = f", {len(unreadable)} of the images cannot be read, {unreadable[0]}" if unreadable else ""
+      return Report({}, f"attention masks not computed: no object in any mask{why}")
     metrics = {f"jaccard_head_{i}": float(value) for i, value in enumerate(scores[:, 1:].mean(axis=0))} | _summary(scores)
     if self.baselines:
-      random = _summary(self._score(extract, images, "random"))
+      random = _summary(self._score(extract, images, "random", []))
       metrics |= {f"random_init/{name}": value for name, value in random.items()}
-    return Report(metrics, self._protocol(extract, images, count=len(scores), heads=scores.shape[1] - 1))
+    protocol = self._protocol(extract, images, count=len(scores), heads=scores.shape[1] - 1)
+    return Report(metrics, f"{protocol}, {len(unreadable)} cannot be read" if unreadable else protocol, images=len(scores))
 
-  def _score(self, extract: Extract, images: Images, weights: Weights) -> np.ndarray | None:
+  def _score(self, extract: Extract, images: Images, weights: Weights, unreadable: list[str]) -> np.ndarray | None:
     """Percent [images, 1 + heads]: of the best head for each object, and of every head; None without attention.
 
-    An image that cannot be read, and one without an object, has no row.
+    An image that cannot be read, and one without an object, has no row; `unreadable` gets the names of the former, with
+    the reasons.
     """
     rows = []
-    for group in self._groups(extract, images):
+    for group in self._groups(extract, images, unreadable):
       filled = [p.image for p in group] + [np.zeros_like(group[0].image)] * (self.batch_size - len(group))
       attention = extract.apply(self.attention, np.stack(filled), weights=weights).get("attention")
       if attention is None:
@@ -98,7 +102,7 @@ class AttentionMasks(Evaluator):
         rows.append([found.max(axis=1).mean(), *found.mean(axis=0)])
     return 100.0 * np.asarray(rows)
 
-  def _groups(self, extract: Extract, images: Images) -> Iterator[list[_Picture]]:
+  def _groups(self, extract: Extract, images: Images, unreadable: list[str]) -> Iterator[list[_Picture]]:
     """Yields pictures of one size, at most `batch_size` of them."""
     waiting: dict[tuple[int, ...], list[_Picture]] = {}
     for index in spread(len(images), most=self.max_images):
@@ -106,7 +110,8 @@ class AttentionMasks(Evaluator):
         picture = self._prepared(images.pixels(int(index)), images.mask(int(index)), extract.stride)
       except UserError:
         raise
-      except ValueError:  # an image that cannot be read is left out; the protocol counts those that are used
+      except ValueError as error:  # cannot be read
+        unreadable.append(f"{images.name(int(index))}: {error}")
         continue
       if not len(mask_scores.object_labels(picture.labels, void=VOID)):
         continue

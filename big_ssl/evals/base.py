@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -187,12 +187,13 @@ class Report:
   Attributes:
     metrics: by name.
     protocol: in words, which is printed next to them.
-    images: that the metrics are shares of; None is all held-out images with a label.
+    images: that the metrics are shares or means of, or the queries or objects where they are of these; by metric where
+      they differ. None is all held-out images with a label.
   """
 
   metrics: dict[str, float]
   protocol: str
-  images: int | None = None
+  images: int | Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,6 +295,42 @@ def take(features: Features, rows: np.ndarray) -> Features:
   arrays = ("features", "labels", "index", "used_in_training")
   values = {name: getattr(features, name) for name in arrays}
   return dataclasses.replace(features, **{k: None if v is None else v[rows] for k, v in values.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Training images to fit on and to choose among the fits by, and in words how they were parted.
+
+  Attributes:
+    fit, judge: [N] bool; disjoint, but the same where no class has two images.
+    words: of `judge`.
+  """
+
+  fit: np.ndarray
+  judge: np.ndarray
+  words: str
+
+
+def part_tenth(labels: np.ndarray) -> Choice:
+  """A tenth of the labeled images, for choosing: drawn class by class with a fixed seed, never a class's only image.
+
+  Rows at fixed distances would be a class of their own where the labels repeat, and the whole of one where each has one
+  image. Every class is in `fit`.
+
+  Args:
+    labels: [N] integers.
+  """
+  every = np.arange(len(labels))
+  order = np.lexsort((np.random.default_rng(0).permutation(len(labels)), labels))  # by class, shuffled inside
+  first = np.append(True, np.diff(labels[order]) != 0)[: len(labels)]
+  drawn = (every % 10 == 9) & ~first
+  if not drawn.any():
+    drawn[np.flatnonzero(~first)[-1:]] = True
+  if not drawn.any():
+    return Choice(drawn | True, drawn | True, "the training images themselves (no class has two)")
+  judge = np.zeros(len(labels), bool)
+  judge[order] = drawn
+  return Choice(~judge, judge, "a tenth of the training images, drawn class by class")
 
 
 def _scale(train: Features, *, name: Output) -> Callable[[Features], Features]:

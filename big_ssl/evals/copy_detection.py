@@ -99,7 +99,9 @@ class CopyDetection(Describing, Evaluator):
       database = np.concatenate([unit[: len(task.originals)], *([whiten(extra)] if extra else [])])
       metrics |= {prefix + k: v for k, v in self._scores(unit[len(task.originals) :], database, task).items()}
       words = words or [told, whiten.words]
-    return Report(metrics, self._protocol(task, size=size, database=len(database), words=words))
+    queries = dict(zip(*np.unique(task.queries, return_counts=True), strict=True))
+    counts = {name: int(queries.get(name.rpartition("/")[2].removesuffix("_map"), len(task.queries))) for name in metrics}
+    return Report(metrics, self._protocol(task, size=size, database=len(database), words=words), images=counts)
 
   def _distracting(self, extract: Extract, *, resized: Callable[[np.ndarray], np.ndarray], **options: Any) -> tuple[list[np.ndarray], str]:
     """Vectors of the distractors, and what the protocol says about them."""

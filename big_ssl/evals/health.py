@@ -56,7 +56,7 @@ class FeatureHealth(Evaluator):
     if used.labels is not None and np.any(np.unique(used.labels[used.labels >= 0], return_counts=True)[1] > 1):
       metrics["class_alignment"] = class_alignment(x, labels=used.labels)
       pairs = "alignment over all pairs of a class"
-    return Report(metrics, self._protocol(used, len(every.features), pairs))
+    return Report(metrics, self._protocol(used, len(every.features), pairs), images=len(used.features))
 
   def _draw(self, features: Features) -> Features:
     count = len(features.features)

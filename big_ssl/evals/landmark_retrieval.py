@@ -71,7 +71,9 @@ class LandmarkRetrieval(Describing, Evaluator):
       metrics |= {prefix + name: value for name, value in self._scores(similarity, truth).items()}
       words.append(whiten.words)
     cut = f"longest side at most {size} (Lanczos), sides cut to multiples of {multiple[0]}x{multiple[1]}"
-    return Report(metrics, self._protocol(truth, geometry=cut, descriptor=f"{self.words(options['scales'])}, {words[0]}"))
+    counted, level = _answerable(truth), lambda name: name.rpartition("/")[2].partition("_")[0]
+    protocol = self._protocol(truth, geometry=cut, descriptor=f"{self.words(options['scales'])}, {words[0]}")
+    return Report(metrics, protocol, images={name: counted[level(name)] for name in metrics})
 
   def _loader(self, images: Images, truth: GroundTruth, *, size: int) -> Callable[[int], np.ndarray]:
     """The resized queries, then the database, by number."""
@@ -106,14 +108,19 @@ class LandmarkRetrieval(Describing, Evaluator):
     return metrics
 
   def _protocol(self, truth: GroundTruth, *, geometry: str, descriptor: str) -> str:
-    sets = {"easy": truth.easy, "medium": truth.easy | truth.hard, "hard": truth.hard}
-    counted = ", ".join(f"{int(found.any(axis=1).sum())} {level}" for level, found in sets.items())
+    counted = ", ".join(f"{count} {level}" for level, count in _answerable(truth).items())
     queries = "cropped to their boxes at the scale of their image" if self.crop_queries else "not cropped"
     return (
       f"landmark retrieval on {truth.name}, revisited protocol, {len(truth.queries)} queries ({queries}; with something to find:"
       f" {counted}) against {len(truth.images)} images, {geometry}, {descriptor}, cosine, trapezoidal mAP without junk,"
       f" mean precision at {','.join(map(str, self.k))}"
     )
+
+
+def _answerable(truth: GroundTruth) -> dict[str, int]:
+  """Queries with something to find, by level."""
+  sets = {"easy": truth.easy, "medium": truth.easy | truth.hard, "hard": truth.hard}
+  return {level: int(found.any(axis=1).sum()) for level, found in sets.items()}
 
 
 def _resized(pixels: np.ndarray, *, size: int, box: np.ndarray | None = None) -> np.ndarray:

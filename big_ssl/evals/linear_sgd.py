@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from big_ssl.core.types import UserError
-from big_ssl.evals.base import Crop, Evaluator, Extract, Features, Pair, Report, pairs, take
+from big_ssl.evals.base import Crop, Evaluator, Extract, Features, Pair, Report, pairs, part_tenth, take
 from big_ssl.models.readouts import Kind, Output, readouts
 from big_ssl.ops import linear_heads
 from big_ssl.ops.linear_heads import Heads, Recipe, Schedule
@@ -76,12 +76,12 @@ def constants(name: Name) -> Preset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearSGD(Evaluator):
-  """Top-1 in percent of the head that is best on every tenth training image after the last epoch.
+  """Top-1 in percent of the head that is best on a tenth of the training images after the last epoch.
 
-  Nine tenths of the training images are trained on, all rates and decays side by side on the same batches. "top1" is
-  the chosen head of the chosen layer, "lr/0.001" each head of a layer ("lr/0.001_wd/0" with several decays), and where
-  several layers are read "conv3/top1" is the chosen head of one. A head that diverged is left out, and named. Training
-  of the heads happens on one device, for any mesh.
+  The tenth is drawn class by class. The other training images are trained on, all rates and decays side by side on the
+  same batches. "top1" is the chosen head of the chosen layer, "lr/0.001" each head of a layer ("lr/0.001_wd/0" with
+  several decays), and where several layers are read "conv3/top1" is the chosen head of one. A head that diverged is left
+  out, and named. Training of the heads happens on one device, for any mesh.
 
   The published probes crop and flip the training images anew in every epoch (`augment`), and those of DINO and SwAV
   report the best epoch (`report`). The defaults do neither (own choice), so that figures are somewhat other ones: the
@@ -171,12 +171,12 @@ class LinearSGD(Evaluator):
 
   def _train(self, pair: Pair, layer: str) -> _Probe:
     chosen, train, epochs = constants(self.preset), pair.train, self._length()
-    count, tenth = len(train.labels), np.arange(len(train.labels)) % 10 == 0
-    if count < 2:
+    if len(train.labels) < 2:
       raise UserError("config.evals.linear_sgd: the data has one labeled training image, at least 2 are needed.")
     classes = int(max(train.labels.max(), pair.held_out.labels.max())) + 1
-    batch = min(self.batch_size or chosen.batch_size, int(np.sum(~tenth)))
-    per_epoch = int(np.sum(~tenth)) // batch
+    part = part_tenth(train.labels)
+    batch = min(self.batch_size or chosen.batch_size, int(part.fit.sum()))
+    per_epoch = int(part.fit.sum()) // batch
     base, decay = (np.array(v) for v in zip(*self.grid(), strict=True))
     rates = linear_heads.learning_rates(
       base * batch / 256 if chosen.scaled else base,
@@ -190,7 +190,7 @@ class LinearSGD(Evaluator):
     heads = linear_heads.init_heads(**settings, count=len(base), classes=classes, seed=self.seed)
     accuracy = lambda heads, f: 100.0 * np.mean(linear_heads.predict(heads, f.features, **settings) == f.labels, axis=1)
     held_out = np.zeros(len(base))
-    for span, seen in self._seen(pair, ~tenth):
+    for span, seen in self._seen(pair, part.fit):
       heads = linear_heads.train_heads(
         seen.features,
         labels=seen.labels,
@@ -205,7 +205,7 @@ class LinearSGD(Evaluator):
       del seen  # before those of the next epoch are made
       if self.report == "best" or span.stop == epochs:
         held_out = np.maximum(held_out, accuracy(heads, pair.held_out))
-    score = np.where(_finite(heads), accuracy(heads, take(train, tenth)), -1.0)
+    score = np.where(_finite(heads), accuracy(heads, take(train, part.judge)), -1.0)
     if score.max() < 0:
       raise UserError(f"config.evals.linear_sgd.lr={self.lr}: every head diverged; expected smaller rates.")
     return _Probe(layer, int(np.argmax(score)), batch, score, held_out, self.grid())
@@ -237,7 +237,7 @@ class LinearSGD(Evaluator):
     once = "of the evaluation view without augmentation (own choice)"
     anew = f"of {chosen.crop}, anew in every epoch, and for the tenth and the held-out images of the evaluation view"
     epoch = "last epoch" if self.report == "last" else "accuracy of the epoch with the best on the held-out images"
-    unseen = np.setdiff1d(pair.held_out.labels, pair.train.labels)
+    part, unseen = part_tenth(pair.train.labels), np.setdiff1d(pair.held_out.labels, pair.train.labels)
     source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
     lost = [f"{k[0]:g}" for k, s in zip(self.grid(), probe.score, strict=True) if s < 0]
     return (
@@ -245,9 +245,9 @@ class LinearSGD(Evaluator):
       f" momentum {recipe.momentum:g}{' (Nesterov)' if recipe.nesterov else ''}, batch {probe.batch},"
       f" {self._length()} epochs, {chosen.schedule.replace('_', ' ')}, lr {lr:g}"
       f"{scaled} and weight decay {wd:g} chosen among {len(self.grid())} heads by"
-      f" every tenth training image{' (at the edge of the sweep)' if at_edge else ''}"
+      f" {part.words}{' (at the edge of the sweep)' if at_edge else ''}"
       f"{', diverged: lr ' + ', '.join(lost) if lost else ''}{layer} ({pair.train.features.shape[1]} dimensions)"
-      f" {once if self.augment == 'none' else anew}, {epoch}, seed {self.seed}, trained on nine tenths of"
+      f" {once if self.augment == 'none' else anew}, {epoch}, seed {self.seed}, trained on {part.fit.sum()} of"
       f" {len(pair.train.features)} training images, {len(pair.held_out.features)} held-out images{source}"
     )
 

@@ -15,10 +15,14 @@ from big_ssl.evals.base import Evaluator, Extract, Features, Pair, Report, pairs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowShot(Evaluator):
-  """Accuracy in percent, mean over splits ("top1_5img") and its deviation ("top1_5img_std").
+  """Accuracy in percent, mean over splits ("top1_5img") and its deviation ("top1_5img_std"); "top1_all" of all images.
+
+  The classes are those that occur in either split.
 
   Attributes:
-    images_per_class: how many labeled images of each class; several values are evaluated one after the other.
+    images_per_class: how many labeled images of each class; several values are evaluated one after the other. 0 is all
+      labeled training images, however many each class has, in one fit: MSN's protocol of 1 % of ImageNet's labels with
+      tfds:imagenet2012_subset/1pct as the data, or that list as config.data.labels_file.
     splits: draws of the labeled images; three in the paper.
     seed: of the draws, which depend on nothing else.
     l2: lambda; the penalty is lambda / (2 n) ||W||^2 beside the mean cross-entropy of n images.
@@ -32,8 +36,10 @@ class LowShot(Evaluator):
   baselines: bool = False
 
   def __post_init__(self):
-    if not self.counts or min(self.counts) < 1:
-      raise UserError(f"config.evals.lowshot.images_per_class={self.images_per_class}: expected at least 1.")
+    if not self.counts or min(self.counts) < 0:
+      raise UserError(
+        f"config.evals.lowshot.images_per_class={self.images_per_class}: expected at least 1, or 0 for all images."
+      )
     if self.splits < 1:
       raise UserError(f"config.evals.lowshot.splits={self.splits}: expected at least 1.")
     if self.l2 <= 0:
@@ -56,43 +62,50 @@ class LowShot(Evaluator):
 
   def _protocol(self, pair: Pair) -> str:
     source = f", {pair.held_out.source}" if pair.held_out.source else ""
+    unseen = np.setdiff1d(pair.held_out.labels, pair.train.labels)
+    source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
+    drawn, every = ",".join(str(c) for c in self.counts if c), f"all {len(pair.train.labels)} labeled training images"
+    drawn = [f"{drawn} images per class, {self.splits} splits of seed {self.seed}"] if drawn else []
     return (
-      f"logistic regression without intercept, lambda={self.l2:g}, {','.join(map(str, self.counts))} images per class,"
-      f" {self.splits} splits of seed {self.seed}, output '{self.output}' ({pair.train.features.shape[1]} dimensions,"
+      f"logistic regression without intercept, lambda={self.l2:g}, {' and '.join(drawn + [every] * (0 in self.counts))},"
+      f" output '{self.output}' ({pair.train.features.shape[1]} dimensions,"
       f" each image centered by its own mean and l2-normalized) of the evaluation view without augmentation,"
       f" {len(pair.held_out.features)} held-out images{source}"
     )
 
   def _score(self, pair: Pair) -> dict[str, float]:
-    classes = int(max(pair.train.labels.max(), pair.held_out.labels.max())) + 1
-    test = preprocess(pair.held_out.features)
-    out = {}
+    train, classes = pair.train, np.union1d(pair.train.labels, pair.held_out.labels)
+    test, out = preprocess(pair.held_out.features), {}
+
+    def accuracy(rows: np.ndarray) -> float:
+      labels = np.searchsorted(classes, train.labels[rows])
+      fitted = fit_logistic(preprocess(train.features[rows]), labels=labels, num_classes=len(classes), l2=self.l2)
+      return 100.0 * float(np.mean(classes[np.argmax(test @ fitted.weights, axis=1)] == pair.held_out.labels))
+
     for count in self.counts:
-      accuracies = []
-      for split in range(self.splits):
-        rows = draw(pair.train, count=count, classes=classes, seed=(self.seed, count, split))
-        fitted = fit_logistic(
-          preprocess(pair.train.features[rows]), labels=pair.train.labels[rows], num_classes=classes, l2=self.l2
-        )
-        accuracies.append(100.0 * float(np.mean(np.argmax(test @ fitted.weights, axis=1) == pair.held_out.labels)))
+      if not count:
+        out[f"{pair.prefix}top1_all"] = accuracy(np.arange(len(train.labels)))
+        continue
+      draws = [draw(train, count=count, classes=classes, seed=(self.seed, count, s)) for s in range(self.splits)]
+      accuracies = [accuracy(rows) for rows in draws]
       out[f"{pair.prefix}top1_{count}img"] = float(np.mean(accuracies))
       out[f"{pair.prefix}top1_{count}img_std"] = float(np.std(accuracies))
     return out
 
 
-def draw(train: Features, *, count: int, classes: int, seed: tuple[int, ...]) -> np.ndarray:
-  """Rows of `count` images of each class.
+def draw(train: Features, *, count: int, classes: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+  """Rows of `count` images of each of the labels `classes` [C].
 
   Raises:
     UserError: a class has fewer images than that.
   """
   rng = np.random.default_rng(seed)
   rows = []
-  for label in range(classes):
+  for label in classes:
     members = np.flatnonzero(train.labels == label)
     if len(members) < count:
       raise UserError(
-        f"config.evals.lowshot.images_per_class={count}: class {label} of {classes} has {len(members)} training images."
+        f"config.evals.lowshot.images_per_class={count}: class {label} of {len(classes)} has {len(members)} training images."
       )
     rows.append(rng.permutation(members)[:count])
   return np.concatenate(rows)

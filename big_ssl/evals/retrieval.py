@@ -41,7 +41,7 @@ class ClassRetrieval(Evaluator):
 
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
     del mesh  # every process ranks all of it
-    metrics, protocol = {}, "retrieval not computed: the data has no labels"
+    metrics, protocol, queries = {}, "retrieval not computed: the data has no labels", 0
     for prefix, features in held_out_only(extract, output=self.output, baselines=self.baselines):
       with_another = np.isin(features.labels, _repeated(features.labels))
       if not with_another.any():
@@ -50,8 +50,9 @@ class ClassRetrieval(Evaluator):
       metrics[f"{prefix}map"] = 100.0 * float(np.mean(average))
       metrics |= {f"{prefix}recall_at_{k}": 100.0 * float(r) for k, r in zip(self.ks, recall.mean(0), strict=True)}
       if not prefix:
-        protocol = self._protocol(features, int(with_another.sum()))
-    return Report(metrics, protocol)
+        queries = int(with_another.sum())
+        protocol = self._protocol(features, queries)
+    return Report(metrics, protocol, images=queries)
 
   def _rank(self, features: Features, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average precision [Q] and recall [Q, len(ks)]."""

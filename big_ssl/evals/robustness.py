@@ -66,6 +66,8 @@ class Robustness(Evaluator):
     del mesh
     metrics, protocol, images = {}, "robustness not computed: the data has no labels", 0
     every = extract("eval", output=self.output)
+    if not len(every.index):
+      return Report({}, "robustness not computed: no held-out image can be read", images=0)
     accepted = self._accepted(extract, every)
     for pair in pairs(class_maps.relabeled(extract, accepted), output=self.output, baselines=self.baselines):
       targets = accepted[pair.held_out.index]

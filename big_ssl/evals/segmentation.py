@@ -23,7 +23,8 @@ _MOST_CLASSES = 1000  # where nothing says how many there are, a larger label is
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmentation(Evaluator):
-  """ "miou", "pixel_accuracy", "mean_accuracy" and "iou/<class>", in percent, of a linear probe on the frozen patches.
+  """ "miou", "mean_dice", "pixel_accuracy", "mean_accuracy" and "iou/<class>", in percent, of a linear probe on the frozen
+  patches.
 
   The head of dinov3's linear protocol (dropout of channels, BN, 1x1 convolution; AdamW, warm-up, cosine; public code) is
   trained on features that are cached in half precision: without augmentation, and with fewer steps, own choices that
@@ -102,7 +103,7 @@ class Segmentation(Evaluator):
     del mesh  # the backbone runs on all devices, the fit of the small head on one, on every process alike
     if not all(extract.images(split).has_masks for split in ("train", "eval")):
       return Report({}, "segmentation not computed: the data has no masks")
-    metrics, protocol = {}, ""
+    metrics, protocol, scored = {}, "", 0
     for prefix, function, weights in self._kinds():
       apply = functools.partial(extract.apply, function, weights=weights)
       stride = self.stride or max(2 * self.window // 3, 1)
@@ -111,10 +112,12 @@ class Segmentation(Evaluator):
       unreadable: list[str] = []
       counts = self._score(read, extract.images("eval"), fitted, unreadable)
       if counts is None or not counts.sum():
-        return Report({}, "segmentation not computed: no pixel of the held-out masks counts")
+        why = f", {len(unreadable)} of the images cannot be read, {unreadable[0]}" if unreadable else ""
+        return Report({}, f"segmentation not computed: no pixel of the held-out masks counts{why}")
       metrics |= {f"{prefix}{k}": v for k, v in self._metrics(counts, classes=not prefix).items()}
-      protocol = protocol or self._protocol(extract.images("eval"), fitted, counts, len(unreadable))
-    return Report(metrics, protocol)
+      scored = len(self._rows(extract.images("eval"))) - len(unreadable)
+      protocol = protocol or self._protocol(extract.images("eval"), fitted, counts, scored)
+    return Report(metrics, protocol, images=scored)
 
   def _kinds(self) -> list[tuple[str, Callable[..., Any], Weights]]:
     """Prefix, what is read of the backbone, and its weights."""
@@ -254,13 +257,14 @@ class Segmentation(Evaluator):
 
   def _metrics(self, counts: np.ndarray, *, classes: bool) -> dict[str, float]:
     found = ops.scores(counts)
-    out = {"miou": found.mean_iou, "pixel_accuracy": found.pixel_accuracy, "mean_accuracy": found.mean_accuracy}
+    out = {"miou": found.mean_iou, "mean_dice": found.mean_dice, "mean_accuracy": found.mean_accuracy}
+    out["pixel_accuracy"] = found.pixel_accuracy
     if classes:
       names = [*self.class_names, *map(str, range(len(self.class_names), len(counts)))]
       out |= {f"iou/{name}": iou for name, iou in zip(names, found.iou, strict=False) if not np.isnan(iou)}
     return {name: 100.0 * float(value) for name, value in out.items()}
 
-  def _protocol(self, held_out: Images, fitted: _Fitted | None, counts: np.ndarray, unreadable: int) -> str:
+  def _protocol(self, held_out: Images, fitted: _Fitted | None, counts: np.ndarray, scored: int) -> str:
     size = f"{self.size} px on the shorter side" if isinstance(self.size, int) else f"{self.size[0]}x{self.size[1]} px"
     size = size if self.size else "their own size"
     windows = f", windows of {self.window} px every {self.stride or 2 * self.window // 3}" if self.window else ""
@@ -269,7 +273,7 @@ class Segmentation(Evaluator):
     ignored = f"label {self.ignore} ignored" + (", label 0 dropped" if self.drop_first else "")
     return (
       f"{'segmentation by the trained decoder' if fitted is None else self._fit_protocol(fitted)}, images at {size}{windows},"
-      f" mIoU over all pixels of {len(self._rows(held_out)) - unreadable} held-out images at the size of their masks{averaged},"
+      f" mIoU over all pixels of {scored} held-out images at the size of their masks{averaged},"
       f" {len(counts)} classes, {ignored}, {int(counts.sum())} pixels, {held_out.describe()['name']}"
     )
 

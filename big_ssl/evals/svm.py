@@ -19,13 +19,14 @@ FOLDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Features of both splits, and their targets [N, K]: 1 present, 0 absent, -1 ignored."""
+  """Features of both splits, their targets [N, K]: 1 present, 0 absent, -1 ignored, and the labels of the K `classes`."""
 
   prefix: str
   train: Features
   held_out: Features
   train_targets: np.ndarray
   held_out_targets: np.ndarray
+  classes: np.ndarray
   multi: bool
 
 
@@ -107,6 +108,7 @@ class Svm(Evaluator):
     used = np.ones_like(present) if not self.drop_ignored_in_training else task.train_targets >= 0
     chosen, validated = np.full(present.shape[1], self.c[0]), 0.0
     if len(self.c) > 1:
+      self._check(present, used, task.classes)
       table = self._validate(train, present, used)
       chosen, validated = np.array(self.c)[table.argmax(axis=0)], float(table.max(axis=0).mean())
     fitted = svm.fit(train, present=present, cost=used * svm.costs(present, c=chosen))
@@ -115,15 +117,18 @@ class Svm(Evaluator):
       metrics |= self._low_shot(task, train, test, k)
     return validated, metrics
 
-  def _validate(self, x: np.ndarray, present: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Average precision [len(c), K], the mean over the folds, all classes and folds fitted side by side."""
+  def _check(self, present: np.ndarray, used: np.ndarray, classes: np.ndarray) -> None:
+    """Raises UserError where a class has too few images for the folds."""
     for kind, count in (("positive", np.sum(present & used, axis=0)), ("negative", np.sum(~present & used, axis=0))):
       short = np.flatnonzero(count < FOLDS)
       if len(short):
         raise UserError(
-          f"config.evals.svm.c={self.c}: class {short[0]} has {count[short[0]]} {kind} training images, the choice of C"
-          f" in {FOLDS} folds needs {FOLDS}; expected more images, or a single C."
+          f"config.evals.svm.c={self.c}: class {classes[short[0]]} has {count[short[0]]} {kind} training images, the choice"
+          f" of C in {FOLDS} folds needs {FOLDS}; expected more images, or a single C."
         )
+
+  def _validate(self, x: np.ndarray, present: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Average precision [len(c), K], the mean over the folds, all classes and folds fitted side by side."""
     folds = svm.stratified_folds(present, folds=FOLDS, used=used)
     tiled = np.tile(present, (1, FOLDS))
     inside = np.concatenate([used & (folds != f) for f in range(FOLDS)], axis=1)
@@ -155,7 +160,7 @@ class Svm(Evaluator):
 
   def _protocol(self, task: Task, outputs: tuple[Output, ...], output: Output) -> str:
     source = f", {task.held_out.source}" if task.held_out.source else ""
-    absent = np.flatnonzero(~np.any(task.held_out_targets == 1, axis=0))
+    absent = task.classes[~np.any(task.held_out_targets == 1, axis=0)]
     source += f", classes {absent.tolist()} without a held-out image left out of the mean" if len(absent) else ""
     grid = ", ".join(f"{c:g}" for c in self.c)
     of = f" (of {len(outputs)}, best in cross-validation)" if len(outputs) > 1 else ""
@@ -195,10 +200,9 @@ def _tasks(extract: Extract, output: Output, *, baselines: bool) -> Iterator[Tas
       lacks = "train" if multi["train"] is None else "eval"
       raise UserError(f"config.data: the {lacks} images have no '{MULTI}', the others have; expected both splits to.")
     for pair in pairs(extract, output=output, baselines=baselines):
-      classes = int(max(pair.train.labels.max(), pair.held_out.labels.max())) + 1
-      one_hot = lambda labels, count=classes: np.eye(count, dtype=np.int8)[labels]
-      targets = [one_hot(f.labels) for f in (pair.train, pair.held_out)]
-      yield Task(pair.prefix, pair.train, pair.held_out, *targets, False)
+      classes = np.union1d(pair.train.labels, pair.held_out.labels)
+      targets = [(f.labels[:, None] == classes).astype(np.int8) for f in (pair.train, pair.held_out)]
+      yield Task(pair.prefix, pair.train, pair.held_out, *targets, classes, False)
     return
   if multi["train"].shape[1] != multi["eval"].shape[1]:
     raise UserError(
@@ -206,7 +210,7 @@ def _tasks(extract: Extract, output: Output, *, baselines: bool) -> Iterator[Tas
     )
   for pair in pairs(_without_labels(extract), output=output, baselines=baselines):
     targets = [multi[split][f.index] for split, f in (("train", pair.train), ("eval", pair.held_out))]
-    yield Task(pair.prefix, pair.train, pair.held_out, *targets, True)
+    yield Task(pair.prefix, pair.train, pair.held_out, *targets, np.arange(multi["train"].shape[1]), True)
 
 
 def _multi(extract: Extract, split: Split) -> np.ndarray | None:
@@ -245,7 +249,7 @@ def _scores(decisions: np.ndarray, task: Task) -> dict[str, float]:
     raise UserError("config.evals.svm: no class has a positive held-out image.")
   out = {"map": 100.0 * float(np.nanmean(each))}
   if not task.multi:
-    out["top1"] = 100.0 * float(np.mean(decisions.argmax(axis=1) == task.held_out.labels))
+    out["top1"] = 100.0 * float(np.mean(task.classes[decisions.argmax(axis=1)] == task.held_out.labels))
   return out
 
 
@@ -265,8 +269,8 @@ def draw(task: Task, *, count: int, seed: tuple[int, ...]) -> np.ndarray:
       if len(members) < number:
         kind = "positive" if value else "negative"
         raise UserError(
-          f"config.evals.svm.shots={count}: class {k} of {classes} has {len(members)} {kind} training images of the"
-          f" {number} that are drawn."
+          f"config.evals.svm.shots={count}: class {task.classes[k]} of {classes} has {len(members)} {kind} training"
+          f" images of the {number} that are drawn."
         )
       chosen = rng.permutation(members)[:number]
       out[chosen, k if task.multi else slice(None)] = True

@@ -95,7 +95,8 @@ class VideoSegmentation(Evaluator):
     for prefix, found in scores.items():
       region, contour = 100.0 * np.concatenate(found).mean(axis=0)
       metrics |= {f"{prefix}j": float(region), f"{prefix}f": float(contour), f"{prefix}j_and_f": float(region + contour) / 2}
-    return Report(metrics, self._protocol(extract, objects=sum(map(len, scores[""])), clips=count))
+    objects = sum(map(len, scores[""]))
+    return Report(metrics, self._protocol(extract, objects=objects, clips=count), images=objects)
 
   def _score(self, clip: Clip, masks: Iterator[np.ndarray]) -> np.ndarray:
     """[objects, 2]: J and F, each the mean over the judged frames.

@@ -50,6 +50,7 @@ class BYOL(Method):
       alongside by the same optimizer: a free metric where there are labels; images without one are left out of it.
     size, scale: of both views; width and height of a crop are clipped to the image.
     color_strength: factor on the jitter 0.4, 0.4, 0.2, 0.1 (brightness, contrast, saturation, hue).
+    gray: probability of grayscale.
     blur, solarize: probabilities for view 1 and view 2.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
@@ -67,6 +68,7 @@ class BYOL(Method):
   size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
+  gray: float = 0.2
   blur: tuple[float, float] = (1.0, 0.1)
   solarize: tuple[float, float] = (0.0, 0.2)
   mean: tuple[float, ...] = IMAGENET_MEAN
@@ -76,7 +78,7 @@ class BYOL(Method):
   supports_accumulation = True  # as the paper does for its small batches (section 5); BN is then per microbatch
 
   def __post_init__(self):
-    check_shares(self, "momentum", "momentum_final")
+    check_shares(self, "momentum", "momentum_final", "gray")
     check_least(self, projector_layers=1, predictor_layers=0, hidden_dim=1, output_dim=1)
     check_channels(self)
 
@@ -94,7 +96,7 @@ class BYOL(Method):
     s = self.color_strength
     augment = (
       ColorJitter(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s, p=0.8, style="byol"),
-      Grayscale(p=0.2, luma="byol"),
+      Grayscale(p=self.gray, luma="byol"),
       GaussianBlur(p=blur, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
       Solarize(p=solarize),
       *normalize(self),

@@ -47,8 +47,7 @@ class MoCo(Method):
     shuffle_bn: shuffles the images of the key encoder; changes nothing where BN is over the whole batch.
     size, scale: of both views.
     color_strength: of brightness, contrast and saturation; hue: its own; jitter: probability of the four.
-    gray_first: grayscale comes before the jitter (v1).
-    blur: probability.
+    gray, blur: probabilities; gray_first: grayscale comes before the jitter (v1).
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
   """
@@ -67,6 +66,7 @@ class MoCo(Method):
   color_strength: float = 0.4
   hue: float = 0.1
   jitter: float = 0.8
+  gray: float = 0.2
   gray_first: bool = False
   blur: float = 0.5
   mean: tuple[float, ...] = IMAGENET_MEAN
@@ -83,14 +83,14 @@ class MoCo(Method):
         f" 2 x config.batch_size={self.batch_size}."
       )
     check_positive(self, "temperature")
-    check_shares(self, "momentum", "momentum_final")
+    check_shares(self, "momentum", "momentum_final", "gray")
     check_least(self, head_layers=1, hidden_dim=1, output_dim=1)
     check_channels(self)
 
   # 1. Views
 
   def inputs(self) -> Inputs:
-    s, gray = self.color_strength, Grayscale(p=0.2)
+    s, gray = self.color_strength, Grayscale(p=self.gray)
     jitter = ColorJitter(brightness=s, contrast=s, saturation=s, hue=self.hue, p=self.jitter)
     color = (gray, jitter) if self.gray_first else (jitter, gray)
     augment = (*color, GaussianBlur(p=self.blur, sigma=(0.1, 2.0)), *normalize(self))

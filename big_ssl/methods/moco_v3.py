@@ -50,6 +50,7 @@ class MoCoV3(Method):
     decay_all: weight decay is on biases, norms and CLS too (the AdamW recipe); False is for LARS.
     size, scale: of both views.
     color_strength: factor on the jitter 0.4, 0.4, 0.2, 0.1 (brightness, contrast, saturation, hue).
+    gray: probability of grayscale.
     blur, solarize: probabilities for view 1 and view 2.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side that the evaluation crop keeps (224 of 256).
@@ -68,6 +69,7 @@ class MoCoV3(Method):
   size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
+  gray: float = 0.2
   blur: tuple[float, float] = (1.0, 0.1)
   solarize: tuple[float, float] = (0.0, 0.2)
   mean: tuple[float, ...] = IMAGENET_MEAN
@@ -78,7 +80,7 @@ class MoCoV3(Method):
 
   def __post_init__(self):
     check_positive(self, "temperature")
-    check_shares(self, "momentum", "momentum_final")
+    check_shares(self, "momentum", "momentum_final", "gray")
     check_least(self, projector_layers=1, predictor_layers=0, hidden_dim=1, output_dim=1)
     check_channels(self)
 
@@ -91,7 +93,7 @@ class MoCoV3(Method):
     s = self.color_strength
     augment = (
       ColorJitter(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s, p=0.8),
-      Grayscale(p=0.2),
+      Grayscale(p=self.gray),
       GaussianBlur(p=blur, sigma=(0.1, 2.0)),
       Solarize(p=solarize),
       *normalize(self),

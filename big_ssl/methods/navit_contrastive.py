@@ -49,7 +49,7 @@ class NaViTContrastive(PackedImages, Method):
     temperature: 1 / exp(s) at the start; it is learned, and 1/100 at least.
     chunk: columns of the logits at a time; 0 is all.
     hidden_dim, output_dim, head_layers: of the projection head, ReLU between.
-    blur: probability.
+    gray, blur: probabilities.
   """
 
   kind: Literal["softmax", "sigmoid"] = "softmax"
@@ -58,6 +58,7 @@ class NaViTContrastive(PackedImages, Method):
   hidden_dim: int = 2048
   output_dim: int = 128
   head_layers: int = 2
+  gray: float = 0.2
   blur: float = 0.5
 
   accumulation_reason = "every image is a negative of every other in the batch"
@@ -67,7 +68,7 @@ class NaViTContrastive(PackedImages, Method):
     if self.kind not in KINDS:
       raise UserError(f"config.method.kind={self.kind!r}: expected one of {', '.join(KINDS)}.{nearest(self.kind, KINDS)}")
     check_least(self, chunk=0, hidden_dim=1, output_dim=1, head_layers=1, temperature=1 / MAX_SCALE)
-    check_shares(self, "blur")
+    check_shares(self, "gray", "blur")
 
   # 1. Views
 
@@ -75,7 +76,7 @@ class NaViTContrastive(PackedImages, Method):
     s = self.color_strength
     operations = (
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8, style="simclr"),
-      Grayscale(p=0.2),
+      Grayscale(p=self.gray),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
     )
     return Inputs(views=tuple(self.packed_view(name, *operations) for name in VIEWS))

@@ -94,6 +94,9 @@ class SeLa(Method):
   def __post_init__(self):
     check_least(self, num_clusters=2, num_heads=1, solves=0, max_sweeps=1, rotation_weight=0)
     check_positive(self, "sharpness", "tolerance", "solve_power")
+    height, width = sides(self.size)
+    if self.rotation_weight and height != width:
+      raise UserError(f"config.method.size={self.size}: images that are rotated must be squares; or set config.method.rotation_weight=0.")
     check_channels(self)
 
   # 1. One view, for training and for labels

@@ -20,7 +20,7 @@ from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, View
 from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size
 from big_ssl.losses import contrastive
-from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, normalize
+from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode
 from big_ssl.models.heads import ProjectionHead
 
@@ -36,6 +36,7 @@ class SimCLR(Method):
     size: of the views; scale: their share of the image area.
     color_strength: s; 1 for ImageNet, 0.5 for CIFAR-10.
     jitter: "simclr" multiplies brightness and takes contrast per channel (v2 code); "pil" as torchvision.
+    gray: probability of grayscale.
     blur: probability; 0 for CIFAR-10.
     mean, std: pixel normalization; () is none, as in the official code.
     eval_fraction: share of the shorter side kept in evaluation.
@@ -50,6 +51,7 @@ class SimCLR(Method):
   scale: tuple[float, float] = (0.08, 1.0)
   color_strength: float = 1.0
   jitter: str = "simclr"
+  gray: float = 0.2
   blur: float = 0.5
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
@@ -60,13 +62,14 @@ class SimCLR(Method):
   def __post_init__(self):
     check_positive(self, "temperature")
     check_least(self, head_layers=1)
+    check_shares(self, "gray", "blur")
     check_channels(self)
 
   def inputs(self) -> Inputs:
     s = self.color_strength
     augment = (
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8, style=self.jitter),
-      Grayscale(p=0.2),
+      Grayscale(p=self.gray),
       GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
       *normalize(self),
     )

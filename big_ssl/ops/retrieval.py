@@ -61,11 +61,12 @@ def rmac_regions(height: int, width: int, *, levels: int = 3) -> np.ndarray:
   """Squares [R, 4] of R-MAC as x, y, width, height, level by level (arXiv 1511.05879, section 3.2; released code).
 
   At level l there are l squares of side floor(2 w / (l + 1)) along the shorter side w, and as many more along the
-  longer one as bring the overlap of the first level nearest to 40 %.
+  longer one as bring the overlap of the first level nearest to 40 %, the fewer of two as near but for their rounding.
   """
   short, long = min(height, width), max(height, width)
   counts = np.arange(2, 8)
-  overlaps = 1 - (long - short) / (counts - 1) / short
+  # (w^2 - w b) / w^2 and float64, as there: at 3x11 and others two counts are equally near, and the rounding decides.
+  overlaps = (short**2 - short * ((long - short) / (counts - 1))) / short**2
   more = 0 if height == width else int(np.argmin(np.abs(overlaps - 0.4))) + 1
   out = []
   for level in range(1, levels + 1):

@@ -55,14 +55,17 @@ class Scores:
 
   Attributes:
     iou: [K] intersection over union; there is none for a class that is neither labeled nor predicted.
+    dice: [K] twice the intersection over the sum of what is labeled and what is predicted; as `iou` there may be none.
     accuracy: [K] share of a class's pixels that are found.
-    mean_iou, mean_accuracy: over the classes that have one.
+    mean_iou, mean_dice, mean_accuracy: over the classes that have one.
     pixel_accuracy: share of all pixels.
   """
 
   iou: np.ndarray
+  dice: np.ndarray
   accuracy: np.ndarray
   mean_iou: float
+  mean_dice: float
   mean_accuracy: float
   pixel_accuracy: float
 
@@ -72,8 +75,10 @@ def scores(counts: np.ndarray) -> Scores:
   counts = counts.astype(np.int64)
   hits, labeled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
   iou, accuracy = _ratio(hits, labeled + predicted - hits), _ratio(hits, labeled)
+  dice = _ratio(2 * hits, labeled + predicted)
   mean = lambda x: float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else float("nan")
-  return Scores(iou, accuracy, mean(iou), mean(accuracy), float(_ratio(hits.sum(), labeled.sum())))
+  pixels = float(_ratio(hits.sum(), labeled.sum()))
+  return Scores(iou, dice, accuracy, mean(iou), mean(dice), mean(accuracy), pixels)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -121,7 +126,9 @@ def plan_windows(shape: tuple[int, int], *, window: int, stride: int) -> Windows
   if not window:
     return Windows(shape, shape, ((0, 0),))
   if min(shape) < window:
-    shape = tuple(max(window, int(side * window / min(shape))) for side in shape)
+    short = min(shape)
+    # The aspect first, as there: 15 / 11 * 22 falls short of 30 and is cut to 29, 15 * 22 / 11 would not.
+    shape = tuple(window if side == short else int(side / short * window) for side in shape)
   starts = [[*range(0, side - window, stride), side - window] for side in shape]
   return Windows(shape, (window, window), tuple((y, x) for y in starts[0] for x in starts[1]))
 

@@ -15,7 +15,10 @@ from big_ssl.core import health
 from big_ssl.core.types import UserError
 
 FACTS = "run.json"
-BASELINES = {"random_init/": "random initialization", "raw_pixels/": "raw pixels"}
+BASELINES = {
+  **{"random_init/": "random initialization", "raw_pixels/": "raw pixels", "raw_colors/": "mean colors of patches"},
+  "first_mask/": "the first mask kept",
+}
 _FIRST = ("knn", "linear")
 _ORDER = ("attention", "pca", "neighbors", "embedding", "prototypes", "views")
 _LARGE = 150_000  # bytes of a PNG above which the page has it as JPEG

@@ -10,10 +10,15 @@ from big_ssl.report.collect import BASELINES, Evaluation, Record
 _TITLES = {
   **{"knn": "k-NN", "linear": "linear probe", "map": "mAP", "health": "features", "lowshot": "low-shot", "nmi": "NMI", "ari": "ARI"},
   **{"lr": "learning rate", "std": "deviation of the embeddings", "rank": "directions that embeddings fill", "mfu": "share of the peak FLOP/s"},
-  **{"images_per_sec": "images per second", "data_wait_fraction": "share of the time waiting for data"},
+  **{"j": "J", "f": "F", "j_and_f": "J and F", "miou": "mIoU", "images_per_sec": "images per second", "data_wait_fraction": "share of the time waiting for data"},
 }
-# Scores that evaluators give in percent, by how their names start.
-_PERCENT = ("top1", "top5", "accuracy", "nmi", "ari", "map", "recall", "miou", "mean_iou", "pixel")
+# Scores that evaluators give in percent: by how a part of their name starts, by what is in it, or by a whole part.
+_PERCENT = (
+  *("top1", "top5", "accuracy", "nmi", "ari", "map", "recall", "miou", "mean_iou", "pixel", "mean_accuracy", "mean_dice"),
+  *("jaccard", "worst_group", "disparity", "shape_bias"),
+)
+_PERCENT_INSIDE = ("_map", "precision_at_")
+_PERCENT_PARTS = ("lr", "iou", "group", "j", "f", "j_and_f")
 _STATES = {
   "training": "still training",
   "finished": "",
@@ -35,7 +40,11 @@ def title(name: str) -> str:
 
 
 def is_percent(score: str) -> bool:
-  return any(part.startswith(_PERCENT) or part == "lr" for part in score.split("/"))
+  *before, last = score.split("/")
+  if last == "n" and "group" in before:  # the images of the group
+    return False
+  known = lambda part: part.startswith(_PERCENT) or part in _PERCENT_PARTS or any(inside in part for inside in _PERCENT_INSIDE)
+  return any(map(known, (*before, last)))
 
 
 def value(score: str, number: float | None) -> str:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+from typing import Any
 
 import numpy as np
 
+from big_ssl.core.types import Array
 from big_ssl.models.dense import class_attention
 from big_ssl.visualize import drawing
 from big_ssl.visualize.drawing import Picture
 from big_ssl.visualize.subject import Options, Subject
 
 _TILE = 120  # pixels of the shorter side of the tallest tile
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+  """As a function of the layer, equal to others of it, so that it is compiled once."""
+
+  layer: int
+
+  def __call__(self, trunk: Any, images: Array) -> Array:
+    return class_attention(trunk, images, layer=self.layer)
 
 
 def draw(subject: Subject, options: Options) -> list[Picture]:
@@ -22,7 +34,7 @@ def draw(subject: Subject, options: Options) -> list[Picture]:
   """
   chosen = subject.choose(options.count)
   images = [subject.seen(c.pixels, options.size) for c in chosen]
-  maps = subject.maps(functools.partial(class_attention, layer=options.layer), images)
+  maps = subject.maps(_Attention(options.layer), images)
   rows = [[drawing.words(t, width=_TILE) for t in ("image", "all heads", *(f"head {i + 1}" for i in range(len(maps[0]))))]]
   rows += [_row(image, heads) for image, heads in zip(images, maps, strict=True)]
   module = subject.run.method.model

@@ -66,15 +66,19 @@ def _picture(subject: Subject, panels: Sequence[str], name: str) -> Picture:
     drawn = np.sort(np.random.default_rng(0).permutation(len(drawn))[:_MOST])
   x, rows = found.features[drawn], found.index[drawn]
   labels = None if found.labels is None else found.labels[drawn]
-  parts = []
+  spread, parts = spectrum(x), []
+  # Of equal rows t-SNE's start is 0 / 0, from which it does not come back.
+  same = [] if spread[0] > 0 else [how for how in panels if how in _OPTIONAL]
+  panels = [how for how in panels if how not in same]
   for how in panels:
     points = project(x, how=how)
     panel = _images(subject, points, rows) if labels is None else _points(points, labels)
     parts.append(drawing.stack([drawing.words(how, width=_SIDE, size=15), panel], gap=0))
   if labels is not None:
     parts.append(_legend(subject, labels))
-  rank = effective_rank(spectrum(x))
+  rank = effective_rank(spread)
   missing = [f"{n} needs {_OPTIONAL[n][1]}" for n in _OPTIONAL if len(panels) > 1 and n not in panels]
+  missing += [f"{' and '.join(same)} left out, as all images have the same features"] if same else []
   caption = (
     f"Features of {len(x):,} of {len(found.features):,} images in a plane ({', '.join(panels)})"
     f"{', colored by class' if labels is not None else ', images at their places as far as there is room'}. Their effective rank is {rank:.1f} of"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from big_ssl.core.types import UserError
 from big_ssl.visualize import attention, embedding, neighbors, pca, prototypes, views
@@ -33,18 +34,26 @@ def draw_for_report(
 ) -> None:
   """Writes directory/<name>.png of the kinds `names`; what a backbone does not have is left out, its older picture too.
 
-  Every process calls it, and one writes. A failure of one kind is told in a line, and the others are drawn.
+  Every process calls it, and one writes. A failure of one kind, also to write it, is told in a line, and the others are
+  drawn: no process may leave the rest alone with the next picture.
   """
   for name in names:
     pictures: list[Picture] = []
-    try:
+    with _told(name, warn):
       # Of the embedding only the part that takes no time.
       pictures = (embedding.draw_pca if name == "embedding" else KINDS[name])(subject, Options(count=count))
-    except UserError:
-      pass  # not every backbone has attention, nor every data set enough images
-    except Exception as error:  # a picture is never worth a run
-      warn(f"picture '{name}' not drawn: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
-    if write:
-      (directory / f"{name}.png").unlink(missing_ok=True)
-      for picture in pictures:
-        picture.save(directory)
+    with _told(name, warn):
+      if write:
+        (directory / f"{name}.png").unlink(missing_ok=True)
+        for picture in pictures:
+          picture.save(directory)
+
+
+@contextlib.contextmanager
+def _told(name: str, warn: Callable[[str], None]) -> Iterator[None]:
+  try:
+    yield
+  except UserError:
+    pass  # not every backbone has attention, nor every data set enough images
+  except Exception as error:  # a picture is never worth a run
+    warn(f"picture '{name}' not drawn: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")

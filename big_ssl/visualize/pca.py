@@ -57,8 +57,8 @@ def color(maps: Sequence[np.ndarray]) -> Colored:
 
   The first component of all patches is cut in two by Otsu's threshold (own choice; the paper's is set by hand). Foreground
   is the side with fewer of the patches at the borders of the images; unless it leaves both foreground and background in
-  three quarters of the images, all patches are foreground. The colors are the first three components of the foreground's
-  patches alone, each from its 2nd to its 98th percentile.
+  three quarters of the images, and more than three patches in all, every patch is foreground. The colors are the first
+  three components of the foreground's patches alone, each from its 2nd to its 98th percentile.
 
   Raises:
     UserError: fewer than five patches or three features.
@@ -72,7 +72,8 @@ def color(maps: Sequence[np.ndarray]) -> Colored:
   foreground = above if above[border].mean() <= (~above)[border].mean() else ~above
   ends = np.cumsum([m.shape[0] * m.shape[1] for m in maps])[:-1]
   shares = [part.mean() for part in np.split(foreground, ends)]
-  masked = np.mean([_SHARE <= share <= 1 - _SHARE for share in shares]) >= 0.75
+  # Three components need four patches.
+  masked = foreground.sum() > 3 and np.mean([_SHARE <= share <= 1 - _SHARE for share in shares]) >= 0.75
   kept = foreground if masked else np.ones(len(tokens), bool)
   values = _components(tokens[kept], tokens, 3)
   low, high = np.percentile(values[kept], (2, 98), axis=0)

@@ -74,8 +74,9 @@ def assign(subject: Subject, *, clusters: int = 0) -> Groups:
       return Groups(found[:, 0].astype(int), found[:, 1], int(found[0, 2]), "prototype")
   x = subject.features.features
   labels = subject.features.labels
-  # As many as classes; else what leaves some eight images to each, sixteen at most (own choice).
-  wanted = clusters or (len(np.unique(labels[labels >= 0])) if labels is not None else 0) or max(2, min(16, len(x) // 8))
+  # As many as classes; else what leaves some eight images to each, sixteen at most (own choice); never one.
+  classes = len(np.unique(labels[labels >= 0])) if labels is not None else 0
+  wanted = clusters or max(2, classes or min(16, len(x) // 8))
   if not 2 <= wanted <= len(x):
     raise UserError(f"--clusters={wanted}: expected 2 to {len(x)}, the number of images.")
   found = kmeans(x, clusters=wanted, rng=np.random.default_rng(0), mesh=subject.run.mesh)

@@ -87,7 +87,8 @@ def write(export: Export, saved: transfer.Saved, *, to: str | pathlib.Path, form
       "config.json": hugging_face.model_config(export.layout.name, model, msn=msn and export.layout.name == "hf_vit")
     }
     size = getattr(model, "image_size", 224)
-    content["preprocessor_config.json"] = hugging_face.preprocessor_config(size, _normalization(saved, export))
+    mean, std = (() if v == transfer.NO_NORMALIZATION else v for v in _normalization(saved, export))
+    content["preprocessor_config.json"] = hugging_face.preprocessor_config(size, mean=mean, std=std)
     file, card_file = to / "model.safetensors", to / transfer.CARD
     for name, value in content.items():
       (to / name).write_text(json.dumps(value, indent=2) + "\n")
@@ -169,7 +170,8 @@ def _notes(fields: Fields, layout: Layout) -> tuple[str, ...]:
   return tuple(notes)
 
 
-def _normalization(saved: transfer.Saved, export: Export) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(saved: transfer.Saved, export: Export) -> tuple[Any, Any]:
+  """Mean and standard deviation of each channel, or `transfer.NO_NORMALIZATION` twice."""
   found = saved.card.get("mean"), saved.card.get("std")
   return found if all(found) else (export.layout and export.layout.normalization) or IMAGENET
 

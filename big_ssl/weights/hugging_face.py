@@ -59,14 +59,14 @@ def model_config(layout: str, model: ViT | RegNet, *, msn: bool = False) -> dict
   return common | sizes | shared | dinov2 | registers
 
 
-def preprocessor_config(size: int, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
-  """The content of preprocessor_config.json: resize, center crop, and normalization."""
-  mean, std = normalization
+def preprocessor_config(size: int, *, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+  """The content of preprocessor_config.json: resize, center crop, and normalization, which is off where `mean` is ()."""
   crop = {"height": size, "width": size}
+  normalization = {"image_mean": list(mean), "image_std": list(std)} if mean else {}
   return {
     **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": crop, "resample": 3},
-    **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-    **{"image_mean": list(mean), "image_std": list(std)},
+    **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": bool(mean)},
+    **normalization,
   }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from big_ssl import __version__
 from big_ssl.core import config as config_lib
 from big_ssl.core.checkpoint import Checkpointer
+from big_ssl.core.method import Method
 from big_ssl.core.types import TrainState, UserError
 from big_ssl.models.layers import Backbone
 from big_ssl.weights.containers import File, Tensors, read_file, write_safetensors
@@ -28,6 +29,7 @@ PLACES = (
   *("model_state_dict", "ema_params", "opt/target", "params", "model"),
 )
 CARD, KEPT = "model.json", "kept.safetensors"
+NO_NORMALIZATION = "none"  # in a card, for networks that read pixels in [0, 1]
 _EVALUATED = {"dino": "teacher", "msn": "teacher", "loca": "teacher"}  # what their `features` read
 _STATE = {  # where the trees of a run lie, by owner
   "student": (("params/encoder/", "params/"), ("params/", "params/")),
@@ -169,6 +171,8 @@ def read_directory(directory: str | pathlib.Path, *, tree: str | None = None, st
   found = {path: value for kind in (_STATE, _STATISTICS) for path, value in _renamed(saved, kind[tree]).items()}
   if not any(path.startswith("params/") for path in found):
     raise UserError(f"--tree={tree}: the checkpoint in {directory} has none.")
+  if "layout" not in card and "channels" not in card["model"]:  # a run has those of its images, and its config none
+    card["model"] = card["model"] | image_channels(card["model"], found)
   for path, name in card.get("dtypes", {}).items():
     if path in found:
       found[path] = found[path].astype(jnp.dtype(name))
@@ -190,8 +194,32 @@ def _card(directory: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON ({error}).") from None
       if name == CARD:
         return content
-      return {"model": content.get("model", {}), "method": content.get("method", {}).get("name", "")}
+      method = content.get("method", {})
+      return {"model": content.get("model", {}), "method": method.get("name", "")} | _normalization(method)
   raise UserError(f"{directory}: has neither {CARD} nor config.json, which name the model.")
+
+
+def _normalization(method: Mapping[str, Any]) -> dict[str, Any]:
+  """"mean" and "std" of a run's `config.method`, as given or by default; {} of a method without them."""
+  cls = config_lib.find("methods", method.get("name", ""), Method, path="config.method.name")
+  defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name in ("mean", "std")}
+  return {name: tuple(method.get(name, default)) or NO_NORMALIZATION for name, default in defaults.items()}
+
+
+def image_channels(fields: Fields, found: Mapping[str, np.ndarray]) -> Fields:
+  """{"channels": number} that the tensors of a backbone have; {} where their shapes do not tell, or are the default's."""
+  if not hasattr(backbone(fields), "channels") or _fits(expected(fields), found):
+    return {}
+  one, two = expected({**fields, "channels": 1}), expected({**fields, "channels": 2})
+  for path, shape in two.items():
+    for axis, (more, fewer) in enumerate(zip(shape, one[path], strict=True)):
+      if more != fewer and path in found:
+        return {"channels": (found[path].shape[axis] - fewer) // (more - fewer) + 1}
+  return {}
+
+
+def _fits(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, np.ndarray]) -> bool:
+  return all(found[path].shape == shape for path, shape in shapes.items() if path in found)
 
 
 def _renamed(saved: Mapping[str, np.ndarray], places: tuple[tuple[str, str], ...]) -> dict[str, np.ndarray]:

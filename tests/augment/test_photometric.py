@@ -161,6 +161,32 @@ def test_other_numbers_of_channels_are_an_error_that_names_view_and_operation(op
     operation(jax.random.key(0), jnp.zeros((4, 4, channels)))
 
 
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize(
+  "operation",
+  [
+    ColorJitter(p=0.0),
+    ColorJitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
+    ColorJitter(contrast=0.0, saturation=0.0, hue=0.0, p=1.0),
+    ColorJitter(saturation=0.0, hue=0.0, p=1.0, style="simclr"),
+    Grayscale(p=0.0),
+  ],
+  ids=["never", "nothing", "brightness", "contrast_of_each_channel", "never_gray"],
+)
+def test_where_no_color_is_needed_any_number_of_channels_passes(operation, channels):
+  image = jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.9, (6, 5, channels)), jnp.float32)
+  operation.validate(channels)
+  pictures = many(operation, 4, image=image)
+  assert pictures.shape == (4, 6, 5, channels)
+  idle = operation.p == 0 or not (operation.brightness or operation.contrast)
+  assert (np.abs(pictures - image).max() > 1e-3) == (not idle)
+
+
+def test_contrast_about_the_luma_needs_colors():
+  with pytest.raises(UserError, match="ColorJitter.*got 4"):
+    ColorJitter(saturation=0.0, hue=0.0).validate(4)
+
+
 @pytest.mark.parametrize(
   "make,match",
   [

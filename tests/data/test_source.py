@@ -74,7 +74,7 @@ def test_a_flat_folder_has_no_labels_and_evaluates_the_training_images(tmp_path)
     Image.fromarray(pixels(1)).save(tmp_path / name, "PNG")
   splits = opened(tmp_path)
   assert [splits["train"].name(i) for i in range(len(splits["train"]))] == ["a.JPG", "b.png"]
-  assert splits["train"].labels is None and splits["eval"] is splits["train"]
+  assert splits["train"].labels is None and [splits["eval"].name(i) for i in range(len(splits["eval"]))] == ["a.JPG", "b.png"]
 
 
 def test_split_folders_share_the_class_numbers_of_the_training_images(tmp_path):
@@ -176,6 +176,16 @@ def test_holding_out_leaves_every_class_an_image_to_train_on(tmp_path):
   np.savez(tmp_path / "x.npz", images=np.zeros((40, 2, 2, 3), np.uint8), labels=np.arange(40) // 1)
   assert len(opened(tmp_path / "x.npz")["train"]) == 40 - len(opened(tmp_path / "x.npz")["eval"])
   assert set(opened(tmp_path / "x.npz")["train"].labels.tolist()) == set(range(40))
+
+
+@pytest.mark.parametrize("labels", [{"labels": np.arange(12) % 3}, {}], ids=["few", "unlabeled"])
+def test_training_images_that_are_evaluated_themselves_are_called_so(tmp_path, labels):
+  np.savez(tmp_path / "x.npz", images=np.zeros((12, 2, 2, 3), np.uint8), **labels)
+  splits = opened(tmp_path / "x.npz")
+  train, held = (splits[k].describe() for k in ("train", "eval"))
+  assert held["name"] == f"{train['name']}, the training images themselves" and held["hash"] == train["hash"]
+  splits["train"].report(3, "truncated")
+  assert splits["eval"].problems == [("3", "truncated")]
 
 
 def test_eval_examples_caps_the_evaluation_and_keeps_the_extras():

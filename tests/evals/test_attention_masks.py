@@ -74,7 +74,7 @@ def test_a_head_on_each_object_scores_100_for_the_best_head_and_its_share_for_th
   # 0.99 of the mass is all patches of the object, and all patches of the image for the third head.
   report = AttentionMasks(size=16, keep=0.99, baselines=True)(Extract(objects()))
   m = report.metrics
-  assert m["jaccard"] == m["random_init/jaccard"] == 100
+  assert m["jaccard"] == m["random_init/jaccard"] == 100 and report.images == 4
   assert m["jaccard_head_0"] == m["jaccard_head_1"] == 50
   area = 100 * (2 / 16 + 2 / 16) / 2
   assert m["jaccard_head_2"] == pytest.approx(area) and m["jaccard_mean_head"] == pytest.approx((100 + area) / 3)
@@ -112,7 +112,17 @@ def test_an_image_that_cannot_be_read_is_left_out(planted):
 
   good = objects()
   report = AttentionMasks(size=16, keep=0.99)(Extract(Damaged(good.images, extras=good.extras, name="d")))
-  assert report.metrics["jaccard"] == 100 and "3 of 5 held-out" in report.protocol
+  assert report.metrics["jaccard"] == 100 and "3 of 5 held-out" in report.protocol and "1 cannot be read" in report.protocol
+
+
+def test_masks_that_cannot_be_read_are_told_with_the_first_reason():
+  class Color(Arrays):
+    def mask(self, index):
+      raise BadImage("a mask of mode RGB")
+
+  good = objects()
+  report = AttentionMasks(size=16)(Extract(Color(good.images, extras=good.extras, name="d")))
+  assert report.metrics == {} and "5 of the images cannot be read, 0: a mask of mode RGB" in report.protocol, report.protocol
 
 
 @pytest.mark.parametrize("change", [dict(layer=0), dict(keep=0.2), dict(size=24), dict(max_images=2)], ids=lambda c: next(iter(c)))

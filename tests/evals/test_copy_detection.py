@@ -72,6 +72,7 @@ def test_equal_copies_score_100_and_each_block_has_its_number(copydays):
   report = CopyDetection(data=str(copydays), size=32)(Extract())
   assert report.metrics["crops_50_map"] == pytest.approx(100), report.metrics
   assert 20 < report.metrics["strong_map"] < 100 and set(report.metrics) == {"crops_50_map", "strong_map"}, report.metrics
+  assert report.images == {"crops_50_map": 8, "strong_map": 16}
   for word in ("copydays, 24 copies", "8 originals", "no distractors (8 in all)", "32x32 (bicubic)", "GeM (p=4)", "no whitening"):
     assert word in report.protocol, report.protocol
 

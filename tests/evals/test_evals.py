@@ -142,7 +142,7 @@ def test_linear_probe_takes_the_penalty_that_holds_for_unseen_images():
     del kwargs
     rng = np.random.default_rng(split == "train")
     labels = np.arange(400, dtype=np.int32) % 2
-    features = np.concatenate([labels[:, None] + 0.8 * rng.normal(size=(400, 1)), rng.normal(size=(400, 120))], axis=1)
+    features = np.concatenate([labels[:, None] + 0.8 * rng.normal(size=(400, 1)), rng.normal(size=(400, 180))], axis=1)
     return Features(features.astype(np.float32), labels, np.arange(400))
 
   weak, strong = (LinearProbe(l2=(l2,))(noisy).metrics["top1"] for l2 in (1e-3, 1e2))

@@ -79,7 +79,7 @@ def test_the_protocol_names_what_was_measured_and_max_images_and_t_have_an_effec
   for word in ("'pooled'", "8 dimensions", "90 of 90", "t=2", "8 axes", "pairs of a class"):
     assert word in report.protocol, report.protocol
   fewer = FeatureHealth(max_images=30)(features)
-  assert "30 of 90" in fewer.protocol and fewer.metrics["uniformity"] != report.metrics["uniformity"]
+  assert "30 of 90" in fewer.protocol and fewer.images == 30 and fewer.metrics["uniformity"] != report.metrics["uniformity"]
   assert FeatureHealth(t=1.0)(features).metrics["uniformity"] > report.metrics["uniformity"]
 
 

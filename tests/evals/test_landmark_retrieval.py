@@ -41,6 +41,7 @@ def test_queries_that_are_in_the_database_are_found_first_and_the_protocol_is_to
   m = report.metrics
   assert m["easy_map"] == pytest.approx(100) and m["easy_precision_at_1"] == 100, m
   assert 0 < m["hard_map"] < 100 and m["hard_map"] < m["medium_map"] < 100, m
+  assert report.images == dict.fromkeys(m, 3), "not all images of the run"
   words = ("roxford5k", "3 queries (not cropped", "3 easy, 3 medium, 3 hard", "against 12 images", "at most 224", "multiples of 4x4")
   for word in (*words, "'pooled' of the backbone", "no whitening", "trapezoidal", "at 1,5,10"):
     assert word in report.protocol, report.protocol

@@ -49,6 +49,7 @@ def test_separate_classes_are_exact_and_baselines_score_less_and_the_protocol_is
   m = report.metrics
   assert m["map"] == pytest.approx(100) and m["recall_at_1"] == 100, m
   assert m["random_init/map"] < m["raw_pixels/map"] < 100, m
+  assert report.images == 60
   for word in ("each of 60 held-out images against the other 60", "'pooled'", "8 dimensions", "trapezoidal", "8 axes"):
     assert word in report.protocol, report.protocol
 

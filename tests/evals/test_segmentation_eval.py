@@ -10,6 +10,7 @@ import pytest
 
 from big_ssl import setup
 from big_ssl.core.types import UserError
+from big_ssl.data.decode import BadImage
 from big_ssl.evals.segmentation import Segmentation
 from big_ssl.evals.windows import resize
 from big_ssl.evaluate import Extractor
@@ -91,7 +92,7 @@ def blobs(patch=1, held_out=3, **kwargs):
 def test_features_that_say_the_class_score_100_and_the_baselines_are_told_apart():
   report = Segmentation(**QUICK, baselines=True, class_names=("sky",))(blobs())
   m = report.metrics
-  assert m["miou"] == m["pixel_accuracy"] == m["mean_accuracy"] == m["iou/sky"] == m["iou/2"] == 100, m
+  assert m["miou"] == m["mean_dice"] == m["pixel_accuracy"] == m["mean_accuracy"] == m["iou/sky"] == m["iou/2"] == 100, m
   assert m["raw_colors/miou"] == 100 and m["random_init/miou"] < 40, m
   for word in (
     "150 AdamW steps of 4",
@@ -138,7 +139,7 @@ def test_ignored_and_dropped_labels_count_for_nothing():
 def test_a_class_without_a_training_pixel_is_missed_and_lowers_the_mean():
   fake = Fake(Pictures(7, classes=3), Pictures(3, classes=4))
   m = Segmentation(**QUICK)(fake).metrics
-  assert m["iou/3"] == 0 and m["miou"] < 100, m
+  assert m["iou/3"] == 0 and m["miou"] < m["mean_dice"] < 100, m
 
 
 def test_the_learning_rate_is_chosen_on_training_images():
@@ -161,6 +162,34 @@ def test_a_trained_decoder_is_scored_as_it_is_and_asked_of_a_method_that_has_non
   assert "by the trained decoder" in report.protocol and len(fake.shapes) == 2, "training images were read"
   with pytest.raises(UserError, match="head='trained': config.method has no decoder"):
     Segmentation(head="trained")(blobs())
+
+
+def test_images_that_cannot_be_read_are_not_counted_and_the_first_reason_is_told_where_none_is_left():
+  fake, mask = blobs(), Pictures(3, seed=9).mask
+  fake.decoder = True
+
+  def damaged(rows):
+    def read(i):
+      if i in rows:
+        raise BadImage("a mask of mode RGB")
+      return mask(i)
+
+    return read
+
+  fake.held_out.pixels = lambda i: COLORS[mask(i)]
+  fake.held_out.mask = damaged({1})
+  report = Segmentation(head="trained", batch_size=4)(fake)
+  assert report.images == 2 and "2 held-out images" in report.protocol, report
+  fake.held_out.mask = damaged({0, 1, 2})
+  report = Segmentation(head="trained", batch_size=4)(fake)
+  assert report.metrics == {} and "3 of the images cannot be read, 0.png: a mask of mode RGB" in report.protocol, report
+
+
+def test_recipes_score_as_their_sources_do():
+  stride = {recipe: engine.load("segmentation", recipe).evals["segmentation"]["stride"] for recipe in ("ade20k_linear", "ade20k_mask", "cityscapes")}
+  assert stride == {"ade20k_linear": 341, "ade20k_mask": 512, "cityscapes": 512}
+  augreg = engine.load("segmentation", "cityscapes").method
+  assert tuple(augreg["mean"]) == tuple(augreg["std"]) == (0.5, 0.5, 0.5)
 
 
 def test_without_masks_there_is_no_number():

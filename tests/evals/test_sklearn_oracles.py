@@ -76,7 +76,7 @@ def test_the_linear_probe_predicts_as_scikit_learn(l2):
 
 def test_low_shot_accuracy_is_that_of_scikit_learn():
   train, held_out = realistic("train"), realistic("eval")
-  rows = draw(train, count=5, classes=10, seed=(0, 5, 0))
+  rows = draw(train, count=5, classes=np.arange(10), seed=(0, 5, 0))
   model = logistic(preprocess(train.features[rows]), train.labels[rows], l2=0.01)
   found = LowShot(images_per_class=5, splits=1, l2=0.01)(realistic).metrics["top1_5img"]
   assert found == pytest.approx(100 * model.score(preprocess(held_out.features), held_out.labels), abs=1e-6)

@@ -79,6 +79,7 @@ def test_similar_patches_carry_the_masks_of_the_sprites(report):
 
 
 def test_the_protocol_tells_what_the_numbers_depend_on(report):
+  assert f"mean over {report.images} objects" in report.protocol
   for word in ("J and F", "0.008", "but the last", "objects of 2 clips", "held-out data", "short side 96", "multiple of 8",
                "patches of 8x8", "T=0.1", "5 nearest", "last 7 frames", "within 3 cells", "kept for ever"):  # fmt: skip
     assert word in report.protocol, (word, report.protocol)

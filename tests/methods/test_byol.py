@@ -170,6 +170,7 @@ def test_a_planted_constant_embedding_is_called_collapsed(tiny):
     ("projector_layers", 0, "projector_layers=0"),
     ("predictor_layers", -1, "predictor_layers=-1"),
     ("output_dim", 0, "output_dim=0"),
+    ("gray", 1.5, "config.method.gray=1.5"),
     ("mean", (0.5,), "3 channels"),
   ],
 )

@@ -278,6 +278,12 @@ def test_impossible_options_are_clear_errors(field, value):
     dataclasses.replace(tiny_method(), **{field: value})
 
 
+def test_only_squares_are_rotated():
+  assert tiny_method(rotation_weight=1.0, size=(16, 16)).size == (16, 16) and tiny_method(size=(16, 24)).size == (16, 24)
+  with pytest.raises(UserError, match=r"config.method.size=\(16, 24\): .*squares.*config.method.rotation_weight=0"):
+    tiny_method(rotation_weight=1.0, size=(16, 24))
+
+
 def test_more_clusters_than_images_are_refused_before_the_start():
   with pytest.raises(UserError, match="num_clusters=25: more clusters than the 24 training images"):
     tiny_method(num_clusters=25).refresh_memory()

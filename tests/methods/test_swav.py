@@ -281,7 +281,7 @@ def test_a_resume_in_mid_queue_goes_on_exactly_and_the_full_queue_counts(tiny):
 
 
 def test_frozen_prototypes_are_projected_but_not_trained_by_the_engine():
-  changes = {"method.freeze_prototypes": "2steps", "optim.lr": 0.1, "optim.name": "sgd", "optim.schedule": "constant"}
+  changes = {"method.freeze_prototypes": "2steps", "optim.lr": 0.1, "optim.name": "sgd", "optim.schedule": "constant", "optim.warmup": "0steps"}
   run = setup.make_run(engine.small("swav", **changes), devices=jax.devices()[:1])
   state = run.initial_state()
   unit = np.array(state.params["prototypes"]["head0"])

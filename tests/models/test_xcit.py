@@ -264,7 +264,7 @@ def test_rematerialization_changes_neither_gradients_nor_statistics_nor_the_tree
     return jax.grad(loss, has_aux=True)(variables["params"])
 
   for a, b in zip(jax.tree.leaves(run(model)), jax.tree.leaves(run(other)), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-4)
+    np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-6)  # gradients reach 1,500, where 1e-4 is the last bit of float32
 
 
 def test_class_attention_maps_are_distributions_over_cls_and_patches(tiny):

@@ -70,6 +70,12 @@ def test_rmac_regions_turn_with_the_map_and_cover_a_square():
   assert len(square) == 1 + 4 + 9 and square.min() == 0 and (square[:, 0] + square[:, 2]).max() == 8
 
 
+@pytest.mark.parametrize(("shape", "squares"), [((3, 11), 6), ((22, 6), 6), ((5, 9), 3), ((47, 11), 7)])
+def test_of_two_overlaps_as_near_the_released_expression_decides_by_its_rounding(shape, squares):
+  regions = retrieval.rmac_regions(*shape)
+  assert np.sum(regions[:, 2] == min(shape)) == squares, regions
+
+
 def test_seer_scores_are_the_recorded_ones(golden):
   z = golden("seer10b_eval_metrics")
   judged = retrieval.Judged(z["relevant"] == 1, z["junk"] == 1)

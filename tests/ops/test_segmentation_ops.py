@@ -19,8 +19,8 @@ def test_scores_are_those_of_the_public_code(golden):
   np.testing.assert_array_equal(counts.sum(0) + counts.sum(1) - np.diag(counts), g["union"])
   np.testing.assert_allclose(np.nan_to_num(found.iou, nan=-1), g["iou_per_class"], rtol=1e-6)
   np.testing.assert_allclose(np.nan_to_num(found.accuracy, nan=-1), g["acc_per_class"], rtol=1e-6)
-  means = [found.mean_iou, found.mean_accuracy, found.pixel_accuracy]
-  np.testing.assert_allclose(means, [g["mean_iou"], g["mean_acc"], g["pixel_acc"]], rtol=1e-6)
+  means = [found.mean_iou, found.mean_dice, found.mean_accuracy, found.pixel_accuracy]
+  np.testing.assert_allclose(means, [g["mean_iou"], g["mean_dice"], g["mean_acc"], g["pixel_acc"]], rtol=1e-6)
 
 
 def test_the_truth_scores_100_and_counts_are_exact_beyond_float32():
@@ -28,8 +28,8 @@ def test_the_truth_scores_100_and_counts_are_exact_beyond_float32():
   counts = ops.confusion(np.where(labels < 0, 1, labels), labels=labels, num_classes=4) * (2**40 + 1)
   assert counts.sum() == 3 * (2**40 + 1)
   found = ops.scores(counts)
-  assert found.mean_iou == found.mean_accuracy == found.pixel_accuracy == 1
-  assert np.isnan(found.iou[3]) and np.isnan(ops.scores(0 * counts).mean_iou)
+  assert found.mean_iou == found.mean_dice == found.mean_accuracy == found.pixel_accuracy == 1
+  assert np.isnan(found.iou[3]) and np.isnan(found.dice[3]) and np.isnan(ops.scores(0 * counts).mean_iou)
 
 
 @pytest.mark.parametrize("make", [np.array, jnp.array])
@@ -77,6 +77,9 @@ def test_an_image_smaller_than_the_window_is_enlarged_until_it_fits():
   plan = ops.plan_windows((10, 25), window=16, stride=12)
   assert plan.shape == (16, 40) and plan.anchors == ((0, 0), (0, 12), (0, 24))
   assert ops.plan_windows((10, 25), window=0, stride=1).anchors == ((0, 0),)
+  # As in the public code, whose float 15 / 11 * 22 is just below 30.
+  assert ops.plan_windows((11, 15), window=22, stride=12).shape == (22, 29)
+  assert ops.plan_windows((15, 11), window=22, stride=12).shape == (29, 22)
 
 
 def test_nearest_masks_take_the_pixel_under_their_centers():

@@ -12,7 +12,7 @@ import pytest
 from big_ssl import setup, start
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.config import InitFrom
-from big_ssl.core.types import UserError
+from big_ssl.core.types import TrainState, UserError
 from big_ssl.weights import transfer
 from big_ssl.weights.__main__ import main
 from big_ssl.weights.containers import read_file, write_npz, write_safetensors
@@ -127,6 +127,63 @@ def test_training_starts_from_an_imported_file_and_its_run_is_exported(tmp_path,
   assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "vit_msn"
   left = json.loads((tmp_path / "hf" / "model.json").read_text())["left"]
   assert left and all(path.split("/")[1] == "head" for path in left)
+
+
+GRAY_VIT = dict(name="vit", variant="custom", width=24, depth=1, heads=2, mlp_dim=48, patch=8, image_size=16)
+
+
+def gray_run(directory, method):
+  """A work directory as a run on gray images leaves it; the number of their channels is not in its config."""
+  model = transfer.backbone({**GRAY_VIT, "channels": 1})
+  params = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(np.zeros((1, 16, 16, 1), np.float32))["params"]
+  state = TrainState(step=np.int32(0), params={"encoder": {"backbone": params}}, opt_state={}, extra={"batch_stats": {}})
+  checkpointer = Checkpointer(directory)
+  checkpointer.save(state, meta={})
+  checkpointer.close()
+  (directory / "config.json").write_text(json.dumps({"model": GRAY_VIT, "method": method}))
+
+
+@pytest.mark.parametrize(
+  "method,mean,std",
+  [
+    (dict(name="simclr", mean=[0.5], std=[0.25]), [0.5], [0.25]),
+    (dict(name="simclr"), "none", "none"),  # its default: pixels in [0, 1]
+    (dict(name="swav"), [0.485, 0.456, 0.406], [0.228, 0.224, 0.225]),  # not ImageNet's usual one
+  ],
+)
+def test_the_card_of_a_run_states_its_own_normalization_and_channels(tmp_path, method, mean, std):
+  gray_run(tmp_path / "run", method)
+  run("export", tmp_path / "run", "--format=hf", f"--to={tmp_path / 'hf'}")
+  card, config, images = (
+    json.loads((tmp_path / "hf" / f"{name}.json").read_text()) for name in ("model", "config", "preprocessor_config")
+  )
+  assert (card["mean"], card["std"], card["model"]["channels"]) == (mean, std, 1)
+  assert config["num_channels"] == 1 and images["do_normalize"] is (mean != "none")
+  assert mean == "none" or (images["image_mean"], images["image_std"]) == (mean, std)
+  run("import", tmp_path / "hf" / "model.safetensors", f"--to={tmp_path / 'again'}")
+  assert json.loads((tmp_path / "again" / "model.json").read_text())["mean"] == mean
+
+
+def test_a_run_on_gray_images_is_exported_as_a_program(tmp_path):
+  gray_run(tmp_path / "run", dict(name="simclr"))
+  run("export", tmp_path / "run", "--format=stablehlo", f"--to={tmp_path / 'x.stablehlo'}")
+  program = jax.export.deserialize(bytearray((tmp_path / "x.stablehlo").read_bytes()))
+  assert program.call(np.zeros((2, 16, 16, 1), np.float32)).shape == (2, 24)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    GRAY_VIT,
+    dict(name="resnet", depth=18),
+    dict(name="xcit", variant="nano12", patch=16),
+    dict(name="alexnet"),
+  ],
+  ids=lambda fields: fields["name"],
+)
+def test_the_channels_of_any_backbone_are_read_off_its_tensors(fields):
+  found = {path: np.broadcast_to(np.float32(0), shape) for path, shape in transfer.expected({**fields, "channels": 5}).items()}
+  assert transfer.image_channels(fields, found) == {"channels": 5}
 
 
 def test_show_says_what_is_there_and_what_would_be_read(vit_file, capsys):
