@@ -16,6 +16,7 @@ from big_ssl.core.warm_start import warm_start
 from big_ssl.models.adapt import adapt
 from big_ssl.models.layers import Backbone
 from big_ssl.setup import Run
+from big_ssl.weights.transfer import NO_NORMALIZATION, card_of
 
 
 def start_from(config: InitFrom, state: TrainState, logger: Logger, *, model: Backbone) -> TrainState:
@@ -101,4 +102,24 @@ def saved_state(run: Run, workdir: pathlib.Path, logger: Logger, *, step: int | 
       raise _no_checkpoint(workdir)
   if step is not None:
     raise UserError(f"--step={step}: no checkpoint in --workdir={workdir}; config.init_from.step is that of config.init_from.path.")
-  return start_from(run.config.init_from, run.initial_state(), logger, model=run.method.model)
+  state = start_from(run.config.init_from, run.initial_state(), logger, model=run.method.model)
+  if told := _other_normalization(run, pathlib.Path(run.config.init_from.path)):
+    logger.warning(told)
+  return state
+
+
+def _other_normalization(run: Run, directory: pathlib.Path) -> str:
+  """Says that the weights in `directory` are for pixels of another mean or deviation than this run gives; else ""."""
+  try:
+    card = card_of(directory)
+  except UserError:  # a run without a record, or of a method that is not at hand
+    return ""
+  mine = run.protocol()
+  differ = []
+  for name in ("mean", "std"):
+    theirs = () if card.get(name) == NO_NORMALIZATION else tuple(card.get(name) or mine[name])
+    if theirs != tuple(mine[name]):
+      differ.append(f"{name} {theirs or 'none'}, where config.method.{name} is {mine[name] or 'none'}")
+  if not differ:
+    return ""
+  return f"config.init_from.path={str(directory)!r}: the weights are for pixels of {' and '.join(differ)}; features of another normalization say little."

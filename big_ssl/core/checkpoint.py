@@ -189,7 +189,7 @@ class Checkpointer:
     """{path: array} of a checkpoint whatever run it is of, the newest where `step` is None; every process reads all of it.
 
     Raises:
-      UserError: there is no checkpoint, or not of `step`.
+      UserError: there is no checkpoint, or not of `step`, or it cannot be read.
     """
     steps = self.steps()
     if not steps or (step is not None and step not in steps):
@@ -197,9 +197,12 @@ class Checkpointer:
       raise UserError(f"{self.directory}: {wanted}. There are: {', '.join(map(str, steps)) or 'none'}.")
     chosen = steps[-1] if step is None else step
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    saved = self._manager.item_metadata(chosen)["state"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-    tree = self._manager.restore(chosen, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    try:
+      saved = self._manager.item_metadata(chosen)["state"]
+      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+      tree = self._manager.restore(chosen, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    except Exception as error:  # as in `restore`; nothing is moved, the run may be another's
+      raise UserError(f"{self.directory / str(chosen)}: could not be read ({_cause(error)}).") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 

@@ -163,7 +163,7 @@ def read_directory(directory: str | pathlib.Path, *, tree: str | None = None, st
   directory = pathlib.Path(directory)
   if not (directory / "checkpoints").is_dir():
     raise UserError(f"{directory}: neither a run's work directory nor an imported one; it has no checkpoints/.")
-  card = _card(directory)
+  card = card_of(directory)
   tree = tree or _EVALUATED.get(card.get("method", ""), "student")
   checkpointer = Checkpointer(directory)
   saved = checkpointer.read(step)
@@ -183,7 +183,7 @@ def read_directory(directory: str | pathlib.Path, *, tree: str | None = None, st
   return Saved(Weights.of(found, kept), card, tree)
 
 
-def _card(directory: pathlib.Path) -> dict[str, Any]:
+def card_of(directory: pathlib.Path) -> dict[str, Any]:
   """The model card, or the same fields of a run's config."""
   for name in (CARD, "config.json"):
     file = directory / name

@@ -77,6 +77,14 @@ def test_where_all_are_damaged_nothing_is_moved_and_no_run_starts_anew(two, tmp_
   assert "\n" not in str(error.value) and two.steps() == [1, 2] and not (tmp_path / "damaged").exists()
 
 
+def test_weights_of_another_run_that_cannot_be_read_are_one_line_and_stay(two):
+  assert set(two.read()) == {"step", "params/w"} and float(two.read(1)["params/w"][0, 0]) == 1
+  damage(two, 2)
+  with pytest.raises(UserError, match="checkpoints/2: could not be read") as error:
+    two.read()
+  assert "\n" not in str(error.value) and two.steps() == [1, 2]
+
+
 @pytest.mark.parametrize(
   "error",
   [
