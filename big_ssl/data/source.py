@@ -397,7 +397,8 @@ def _npz(file: str, *, split: str, eval_split: str) -> list[DataSource]:
     with np.load(file, allow_pickle=False) as z:
       arrays = dict(z)
   except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-    raise UserError(f"--data={file}: not a readable .npz of plain arrays: {error}.") from None
+    why = str(error).partition(" If you trust")[0].rstrip(".")  # NumPy's advice is to load it unsafely
+    raise UserError(f"--data={file}: not a readable .npz of plain arrays: {why}.") from None
   name, splits = pathlib.Path(file).name, {}
   pick = lambda keys: next((arrays[k] for k in keys if k in arrays), None)
   for part, (image_keys, label_keys) in _NPZ_SPLITS.items():

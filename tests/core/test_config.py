@@ -75,7 +75,8 @@ def test_text_that_reads_as_a_number_stays_text():
 
 def test_every_recipe_is_a_valid_config_without_a_warmup_that_does_nothing():
   for name, recipe in engine.recipes():
-    config_lib.load(f"{engine.ROOT / 'configs' / name}.py:{recipe}")
+    optim = config_lib.load(f"{engine.ROOT / 'configs' / name}.py:{recipe}")[0].optim
+    assert optim.schedule == "warmup_cosine" or optim.warmup.value == 0, f"{name}:{recipe}"
 
 
 def test_an_unknown_recipe_and_an_unknown_file_name_the_nearest():
