@@ -49,6 +49,7 @@ class Run:
   optimizer: Optimizer
   total_steps: int
   examples: int
+  batch_shapes: PyTree  # of an augmented batch of two images, from which parameters are shaped
   abstract_state: TrainState  # with shardings
   own_data: bool = True  # False where `sources` are others than `pipelines` read
 
@@ -64,11 +65,7 @@ class Run:
   def _fresh(self) -> Any:
     """Compiled once: a run starts from a fresh state, and compares with one in the end."""
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-    return jax.jit(functools.partial(_init_state, self.method, self.optimizer, self.batch_shapes()), out_shardings=shardings)
-
-  def batch_shapes(self) -> PyTree:
-    """Shapes of an augmented batch of two images, from which parameters are shaped."""
-    return _batch_shapes(self.method, self.pipelines)
+    return jax.jit(functools.partial(_init_state, self.method, self.optimizer, self.batch_shapes), out_shardings=shardings)
 
   def boundary_after(self, step: int) -> int:
     """The next refresh after `step`, or the end of the run."""
@@ -201,7 +198,8 @@ def _init(method: Method, shapes: PyTree, key: Any) -> Any:
   return method.init(key, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
-def _batch_shapes(method: Method, pipelines: dict[str, Pipeline]) -> PyTree:
+def batch_shapes(method: Method, pipelines: dict[str, Pipeline]) -> PyTree:
+  """Shapes of an augmented batch of two images."""
   raw = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), p.spec()) for name, p in pipelines.items()}
   resident = {n: jax.ShapeDtypeStruct(p.resident.shape, p.resident.dtype) for n, p in pipelines.items() if p.resident is not None}
   return jax.eval_shape(lambda r, i: prepare_streams(method, r, i, jax.random.key(0)), raw, resident)
@@ -294,7 +292,8 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
   pipelines = {
     name: make_pipeline(config, sources[inputs.source], inputs, mesh=mesh, stream=name) for name, inputs in as_streams(method.inputs()).items()
   }
-  params, extra = jax.eval_shape(functools.partial(_init, method, _batch_shapes(method, pipelines)), jax.random.key(0))
+  shapes = batch_shapes(method, pipelines)
+  params, extra = jax.eval_shape(functools.partial(_init, method, shapes), jax.random.key(0))
   optimizer = make_optimizer(
     config.optim,
     params=params,
@@ -318,6 +317,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     optimizer=optimizer,
     total_steps=total_steps,
     examples=examples,
+    batch_shapes=shapes,
     abstract_state=abstract,
   )
 

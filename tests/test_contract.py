@@ -95,7 +95,7 @@ def written_as_zeros(jaxpr: jax.extend.core.Jaxpr) -> bool:
 def test_no_gradient_reaches_the_extra_state(name):
   made = engine.compiled(shortened(name))
   run = made.run
-  shapes = (run.abstract_state.params, run.batch_shapes(), jax.random.key(2), jnp.int32(0))
+  shapes = (run.abstract_state.params, run.batch_shapes, jax.random.key(2), jnp.int32(0))
   floats, rest = {}, {}
   for key, value in run.abstract_state.extra.items():
     (floats if all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(value)) else rest)[key] = value
@@ -199,7 +199,7 @@ class Traced:
   def _shapes(self):
     run, streams = self._run, setup.as_streams(self._method.inputs())
     pipelines = {k: setup.make_pipeline(run.config, run.sources[i.source], i, mesh=run.mesh, stream=k) for k, i in streams.items()}
-    return setup._batch_shapes(self._method, pipelines)
+    return setup.batch_shapes(self._method, pipelines)
 
   @functools.cached_property
   def _initialized(self):

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+from scipy import special
 
 from big_ssl.core.types import UserError
 from big_ssl.evals.base import Evaluator, Extract, Features, Pair, Report, pairs, unit
@@ -158,12 +157,14 @@ def fit_logistic(
   def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
     weights = flat.reshape(dims, num_classes)
     logits = x @ weights
-    log_mass = scipy.special.logsumexp(logits, axis=1)
+    log_mass = special.logsumexp(logits, axis=1)
     value = np.mean(log_mass - np.sum(logits * target, axis=1)) + l2 / (2 * n) * np.sum(weights**2)
     gradient = x.T @ (np.exp(logits - log_mass[:, None]) - target) / n + l2 / n * weights
     return value, gradient.ravel()
 
-  found = scipy.optimize.minimize(
+  from scipy import optimize  # slow to load
+
+  found = optimize.minimize(
     objective,
     np.zeros(dims * num_classes) if start is None else start.ravel(),
     jac=True,
