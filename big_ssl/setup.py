@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from big_ssl import __version__
 from big_ssl.augment.photometric import Normalize
 from big_ssl.core import config as config_lib
-from big_ssl.core import sharding
+from big_ssl.core import flops, sharding
 from big_ssl.core.config import Config
 from big_ssl.core.method import Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
@@ -29,7 +29,7 @@ from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Evaluator
 from big_ssl.methods.parts import check_views
-from big_ssl.models.layers import Backbone
+from big_ssl.models.layers import Backbone, with_fields
 
 _PROTOCOL_FIELDS = {"model": "model.name", "patch": "model.patch", "mean": "method.mean", "std": "method.std"}
 _PATCH_STREAM = 0x9A7C  # of the draws of patch sizes, so that nothing else has their numbers
@@ -122,6 +122,13 @@ class Run:
     }
     with jax.set_mesh(self.mesh):
       return [self.jit_step(patch).trace(self.abstract_state, self.raw_spec(), resident) for patch in self.methods]
+
+  def step_flops(self, traced: Sequence[Any]) -> float:
+    """FLOPs of a step on one device, of `trace_steps`, the mean over patch sizes; what is computed again is not counted."""
+    once = {patch: dataclasses.replace(m, model=with_fields(m.model, remat="none", reversible=False)) for patch, m in self.methods.items()}
+    if any(m.model != self.methods[patch].model for patch, m in once.items()):
+      traced = dataclasses.replace(self, methods=once).trace_steps()
+    return float(np.mean([flops.count(t.jaxpr) for t in traced])) / self.mesh.size
 
   def compiled_step(self) -> Any:
     """The first of them, compiled to be read and not to be run: on a CPU, where code takes most of the time, with the least effort."""

@@ -88,7 +88,7 @@ def saved_state(run: Run, workdir: pathlib.Path, logger: Logger, *, step: int | 
     step: of the checkpoint; the newest where None.
 
   Raises:
-    UserError: neither a checkpoint nor `config.init_from`, or no readable one.
+    UserError: neither a checkpoint nor `config.init_from`, no readable one, or weights for pixels of another normalization.
   """
   if has_checkpoint(run, workdir):
     checkpointer = Checkpointer(workdir)
@@ -102,24 +102,22 @@ def saved_state(run: Run, workdir: pathlib.Path, logger: Logger, *, step: int | 
       raise _no_checkpoint(workdir)
   if step is not None:
     raise UserError(f"--step={step}: no checkpoint in --workdir={workdir}; config.init_from.step is that of config.init_from.path.")
-  state = start_from(run.config.init_from, run.initial_state(), logger, model=run.method.model)
-  if told := _other_normalization(run, pathlib.Path(run.config.init_from.path)):
-    logger.warning(told)
-  return state
+  _check_normalization(run, pathlib.Path(run.config.init_from.path))
+  return start_from(run.config.init_from, run.initial_state(), logger, model=run.method.model)
 
 
-def _other_normalization(run: Run, directory: pathlib.Path) -> str:
-  """Says that the weights in `directory` are for pixels of another mean or deviation than this run gives; else ""."""
+def _check_normalization(run: Run, directory: pathlib.Path) -> None:
+  """Raises `UserError` where the weights in `directory` are for pixels of another mean or deviation than this run gives."""
   try:
     card = card_of(directory)
   except UserError:  # a run without a record, or of a method that is not at hand
-    return ""
+    return
   mine = run.protocol()
   differ = []
   for name in ("mean", "std"):
     theirs = () if card.get(name) == NO_NORMALIZATION else tuple(card.get(name) or mine[name])
     if theirs != tuple(mine[name]):
       differ.append(f"{name} {theirs or 'none'}, where config.method.{name} is {mine[name] or 'none'}")
-  if not differ:
-    return ""
-  return f"config.init_from.path={str(directory)!r}: the weights are for pixels of {' and '.join(differ)}; features of another normalization say little."
+  if differ:
+    where = f"config.init_from.path={str(directory)!r}: the weights are for pixels of {' and '.join(differ)}"
+    raise UserError(f"{where}; features of another normalization say nothing. Set config.method.mean and .std as the weights have them.")

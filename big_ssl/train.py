@@ -121,9 +121,10 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable
     with logger.timer("data"):
       resident = run.resident
     with logger.timer("compile"), jax.set_mesh(run.mesh):
-      step_fns = {patch: run.jit_step(patch).lower(state, run.raw_spec(), resident).compile() for patch in run.methods}
-    flops = [_flops(f) for f in step_fns.values()]
-    logger.flops(None if None in flops else float(np.mean(flops)), peak_flops(jax.devices()[0].device_kind))
+      traced, peak = run.trace_steps(), peak_flops(jax.devices()[0].device_kind)
+      step_fns = {patch: t.lower().compile() for patch, t in zip(run.methods, traced, strict=True)}
+      if peak is not None:
+        logger.flops(run.step_flops(traced), peak)
 
   metrics, refreshed, verdict_state, skipped_logs, saved = None, {}, "", 0, start
   refreshes = run.method.refresh_steps()
@@ -192,14 +193,3 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable
     extract.state = state
     write_report(run, workdir, logger, status="finished", extract=extract)
   return DONE
-
-
-def _flops(compiled: Any) -> float | None:
-  try:
-    analysis = compiled.cost_analysis()
-  except (NotImplementedError, RuntimeError):  # not every backend has it
-    return None
-  analysis = analysis[0] if isinstance(analysis, (list, tuple)) else analysis
-  return float(analysis["flops"]) if analysis and "flops" in analysis else None
-
-

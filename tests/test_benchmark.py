@@ -19,6 +19,7 @@ def test_a_backbone_is_timed_and_its_compilation_with_and_without_scan(tmp_path)
   found = run(tmp_path, "model", f"--fields={fields}", "--size=16", "--batch_size=2")
   assert found["parameters"] == 24 * (3 * 64 + 1) + 24 * (1 + 5) + 2 * (4 * 24**2 + 4 * 24 + 2 * 24 * 48 + 72 + 4 * 24) + 48
   assert found["big_ssl img/s"] > 0 and found["compilation s"] > 0 and found["compilation with scanned layers s"] > 0
+  assert 0 < found["big_ssl share of a matmul"] < 1
 
 
 def test_the_input_path_is_timed_beside_pillow(tmp_path):

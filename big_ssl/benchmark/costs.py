@@ -12,7 +12,7 @@ import numpy as np
 
 from big_ssl.core.config import build_named
 from big_ssl.models import regnet, resmlp, xcit
-from big_ssl.models.layers import Backbone
+from big_ssl.models.layers import Backbone, with_fields
 
 _VITS = {"Ti": 16, "S": 16, "B": 16, "L": 16, "H": 14, "g": 14, "G": 14, "e": 14}
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -36,7 +36,7 @@ def cost(fields: dict[str, Any], *, size: int) -> dict[str, float]:
   """Of one image [size, size, 3]: "parameters"; "flops" of the forward pass, two per multiplication and addition, as XLA
   counts them before it optimizes; "activations", bytes that its gradient keeps besides the parameters. The count is
   of float32, with layers neither scanned nor recomputed."""
-  model = _with(build_named("models", fields, Backbone, path="model"), scan=False, remat="none", dtype="float32")
+  model = with_fields(build_named("models", fields, Backbone, path="model"), scan=False, remat="none", dtype="float32")
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
   params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
@@ -46,18 +46,13 @@ def cost(fields: dict[str, Any], *, size: int) -> dict[str, float]:
     return lambda p, r, x: network.apply({"params": p} | r, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]["pooled"]
 
   backward = jax.eval_shape(lambda p, r, x: jax.vjp(lambda q: forward(model)(q, r, x), p)[1], params, rest, images)
-  flops = jax.jit(forward(_with(model, reversible=False))).lower(params, rest, images).cost_analysis()["flops"]
+  flops = jax.jit(forward(with_fields(model, reversible=False))).lower(params, rest, images).cost_analysis()["flops"]
   size_of = lambda tree: sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
   return {
     "parameters": sum(int(np.prod(a.shape)) for a in jax.tree.leaves(params)),
     "flops": flops,
     "activations": max(size_of(backward) - size_of(params), 0),
   }
-
-
-def _with(model: Backbone, **fields: Any) -> Backbone:
-  """The model with those of the fields that it has."""
-  return model.clone(**{name: value for name, value in fields.items() if hasattr(model, name)})
 
 
 def title(fields: dict[str, Any]) -> str:

@@ -6,13 +6,12 @@ import argparse
 import platform
 import resource
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from big_ssl.benchmark.timing import matmul_flops, seconds_of
 from big_ssl.core import sharding
 from big_ssl.core.config import MeshConfig
 from big_ssl.core.types import UserError
@@ -35,15 +34,15 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
   bank, queries = _unit_rows(args.bank, dim=args.dim, seed=0), _unit_rows(args.queries, dim=args.dim, seed=1)
   warm_up = queries[: layout.query_chunk]
   search = lambda rows: knn.nearest(rows, bank=bank, k=args.k, mesh=mesh)
-  result["first chunk with compilation s"] = _seconds(lambda: search(warm_up))
-  before = _matmul_flops(len(devices))
+  result["first chunk with compilation s"] = seconds_of(lambda: search(warm_up))
+  before = matmul_flops(len(devices))
   start = time.perf_counter()
   found = search(queries)
   result["k-NN s"] = time.perf_counter() - start
-  peak = max(before, _matmul_flops(len(devices)))  # of two: other work on the machine only ever lowers it
+  peak = max(before, matmul_flops(len(devices)))  # of two: other work on the machine only ever lowers it
   labels, wanted = (np.random.default_rng(i).integers(0, 1000, n) for i, n in enumerate((args.bank, args.queries)))
   vote = {"k": args.k, "temperature": 0.07, "num_classes": 1000}
-  result["votes of 1000 classes s"] = _seconds(lambda: knn.accuracies(found, labels=labels, query_labels=wanted, **vote))
+  result["votes of 1000 classes s"] = seconds_of(lambda: knn.accuracies(found, labels=labels, query_labels=wanted, **vote))
   flops = 2.0 * args.queries * args.bank * args.dim
   result["k-NN GFLOP/s"] = flops / result["k-NN s"] / 1e9
   result["matmul GFLOP/s (float32, highest)"] = peak / 1e9
@@ -58,22 +57,6 @@ def _unit_rows(count: int, *, dim: int, seed: int) -> np.ndarray:
     part = rows[start : start + 65536]
     part /= np.linalg.norm(part, axis=1, keepdims=True)
   return rows
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  run()
-  return time.perf_counter() - start
-
-
-def _matmul_flops(devices: int) -> float:
-  """FLOP/s of a square product in the precision of the search, times the devices: none of them waits for another."""
-  size = 2048 if jax.default_backend() == "cpu" else 8192
-  share = devices if jax.default_backend() != "cpu" else 1  # simulated devices of a CPU are the same cores
-  x = jnp.ones((size, size), jnp.float32)
-  product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
-  jax.block_until_ready(product(x))
-  return share * 2.0 * size**3 / min(_seconds(lambda: jax.block_until_ready(product(x))) for _ in range(3))
 
 
 def _memory() -> dict[str, float]:

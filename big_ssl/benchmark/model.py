@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_ssl.benchmark.timing import rate
+from big_ssl.benchmark.timing import matmul_flops, rate
 from big_ssl.core.config import build_named
+from big_ssl.core.flops import count
 from big_ssl.core.logger import peak_flops
-from big_ssl.models.layers import Backbone
+from big_ssl.models.layers import Backbone, with_fields
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,14 +40,21 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     return args.batch_size
 
   result |= {"device": jax.devices()[0].device_kind, "big_ssl img/s": rate(ours, seconds=args.seconds)}
-  peak, flops = peak_flops(jax.devices()[0].device_kind), (compiled.cost_analysis() or {}).get("flops")
-  if peak and flops:
-    result["MFU"] = flops / args.batch_size * result["big_ssl img/s"] / peak
   theirs = _timm_gradient(args) if args.timm else None
   if theirs is not None:
     result["timm img/s"] = rate(theirs, seconds=args.seconds)
     result["ratio to timm"] = result["big_ssl img/s"] / result["timm img/s"]
-  return result
+  once = with_fields(model, remat="none", reversible=False)
+  flops = count(jax.make_jaxpr(gradient(once))(variables, images).jaxpr) / args.batch_size
+  return result | _utilization(result, flops, dtype=getattr(model, "dtype", "float32"))
+
+
+def _utilization(result: dict[str, Any], flops: float, *, dtype: str) -> dict[str, float]:
+  """Model FLOPs utilization of both, from `flops` per image: of the device's published peak, or of a product measured here."""
+  peak, of = peak_flops(jax.devices()[0].device_kind), "MFU"
+  if peak is None:
+    peak, of = matmul_flops(dtype=dtype, precision=jax.lax.Precision.DEFAULT), "share of a matmul"
+  return {f"{name} {of}": flops * result[f"{name} img/s"] / peak for name in ("big_ssl", "timm") if f"{name} img/s" in result}
 
 
 def _scanned_or_not(model: Backbone) -> dict[str, Backbone]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,11 @@ class Backbone(nn.Module):
   "stages".
   Parameters are float32; `dtype` is the compute dtype. Batch statistics live in the collection "batch_stats".
   """
+
+
+def with_fields(model: Backbone, **fields: Any) -> Backbone:
+  """The network with those of the fields that it has."""
+  return model.clone(**{name: value for name, value in fields.items() if hasattr(model, name)})
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
