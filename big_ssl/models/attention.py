@@ -32,7 +32,7 @@ def cudnn_works(tokens: tuple[int, int], width: int, dtype: str, masked: bool) -
   mask = jax.ShapeDtypeStruct((1, 1, *tokens), bool) if masked else None
 
   def total(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return jnp.sum(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").astype(jnp.float32))
+    return jnp.sum(of_even_length(q, k, v, mask=mask, implementation="cudnn").astype(jnp.float32))
 
   try:
     jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2))).lower(q, k, k, mask).compile()
@@ -69,7 +69,28 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None) -> Arr
   fused = half and cudnn_works((q.shape[1], k.shape[1]), q.shape[-1], q.dtype.name, mask is not None)
   if mask is not None:
     mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if fused else "xla")
+  if fused:
+    return of_even_length(q, k, v, mask=mask, implementation="cudnn")
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def of_even_length(q: Array, k: Array, v: Array, *, mask: Array | None, implementation: Literal["cudnn", "xla"]) -> Array:
+  """`attention` by way of even numbers of queries and keys: cuDNN's gradient takes no others, and 14 x 14 patches with a class
+  token are 197. What is added is seen by nobody and cut off again.
+
+  Args:
+    mask: bool [B, N, T, S] or None.
+  """
+  queries, keys = q.shape[1], k.shape[1]
+  longer = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+  lengths = {}
+  if mask is not None:
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
+  elif queries % 2 or keys % 2:
+    whole = lambda n: jnp.full(q.shape[0], n, jnp.int32)
+    lengths = {"query_seq_lengths": whole(queries), "key_value_seq_lengths": whole(keys)}
+  out = jax.nn.dot_product_attention(longer(q), longer(k), longer(v), mask=mask, implementation=implementation, **lengths)
+  return out[:, :queries]
 
 
 def attention_weights(q: Array, k: Array, *, mask: Array | None = None) -> Array:

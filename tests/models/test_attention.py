@@ -77,11 +77,34 @@ def test_a_fused_kernel_is_chosen_for_half_precision_only(monkeypatch):
   asked = []
   monkeypatch.setattr(lib, "cudnn_works", lambda *shapes: True)
   monkeypatch.setattr(
-    jax.nn, "dot_product_attention", lambda q, k, v, *, mask, implementation: asked.append(implementation) or q
+    jax.nn, "dot_product_attention", lambda q, k, v, *, implementation, **_: asked.append(implementation) or q
   )
   for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
     lib.attention(*heads(dtype=dtype))
   assert asked == ["cudnn", "cudnn", "xla"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (6, 6), (1, 6), (6, 5)])
+def test_attention_of_even_length_is_that_of_the_tokens_alone(queries, keys, masked):
+  rng = np.random.default_rng(queries + keys)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (queries, keys, keys))
+  mask = jnp.asarray(rng.random((2, 3, queries, keys)) < 0.7).at[..., 0].set(True) if masked else None
+  weight = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+  def both(function):
+    total = lambda q, k, v: jnp.sum(function(q, k, v) * weight)
+    return function(q, k, v), jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+  seen = []
+  even = lambda *qkv: lib.of_even_length(*qkv, mask=mask, implementation="xla")
+  real = jax.nn.dot_product_attention
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kw: seen.append((q.shape[1], k.shape[1])) or real(q, k, v, **kw))
+    found = both(even)
+  assert not np.any(np.array(seen) % 2)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(both(lambda *qkv: lib.attention(*qkv, mask=mask))), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_the_module_returns_the_weights_that_make_its_output():
