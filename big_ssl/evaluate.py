@@ -23,7 +23,7 @@ from big_ssl.data import davis
 from big_ssl.data.clips import Clip
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource, open_folder
-from big_ssl.evals.base import Crop, Features, Output, Report
+from big_ssl.evals.base import Crop, Features, Output, Report, seen
 from big_ssl.feature_cache import FeatureCache, MemoryCache, Stored, key_of, output_name
 from big_ssl.models import dense
 from big_ssl.ops.fingerprint import fingerprint
@@ -250,7 +250,7 @@ class Extractor:
       shape=stored.shape,
       labels=None if source.labels is None else np.asarray(source.labels)[stored.index].astype(np.int32),
       index=stored.index,
-      source=source.describe()["name"],
+      source=f"{source.describe()['name']} ({seen(self._run.method.eval_view())})",
       used_in_training=self._labeled(split, stored.index),
     )
 
@@ -322,9 +322,10 @@ def evaluate(run: Run, extract: Extractor, state: TrainState, *, names: list[str
     try:
       report = run.evaluators[name](extract, mesh=run.mesh)
     except UserError as error:
-      report = Report({}, f"not computed: {error}")
-      refused.append(str(error))
-      logger.warning(str(error))
+      said = str(error).replace("config.evals:", f"config.evals.{name}:", 1)
+      report = Report({}, f"not computed: {said}")
+      refused.append(said)
+      logger.warning(said)
     logger.log_eval(step, name, report.metrics, report.protocol)
     if not report.metrics and (why := foreign_classes(run)):
       logger.warning(f"config.evals.{name}: {why}")

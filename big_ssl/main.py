@@ -24,7 +24,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   parser = argparse.ArgumentParser(
     prog="big_ssl.main", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument("--config", required=True, help="config file, with an optional argument: configs/msn.py:cifar10")
+  parser.add_argument("--config", required=True, help="config file, with an optional argument: configs/msn.py:cifar10; or RUN/config.json")
   parser.add_argument("--workdir", default="", help="where the run is written; default runs/<config>")
   parser.add_argument("--mode", default="train", choices=("train", "eval", "extract", "check"), help="check prints the plan and stops")
   parser.add_argument("--devices", type=int, default=0, help="with --mode=check: plan for this many devices, simulated")
@@ -82,7 +82,7 @@ def run_mode(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     else:
       run.trace_steps()
     return 0
-  workdir = pathlib.Path(args.workdir or f"runs/{_run_name(args)}")
+  workdir = pathlib.Path(args.workdir or _workdir(args))
   record = functools.partial(_record, workdir, tree)
   return _train(run, workdir, record) if args.mode == "train" else _read(run, workdir, args, record)
 
@@ -114,10 +114,13 @@ def _simulate(args: argparse.Namespace) -> None:
   os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.devices}".strip()
 
 
-def _run_name(args: argparse.Namespace) -> str:
+def _workdir(args: argparse.Namespace) -> pathlib.Path:
+  """Where a run without --workdir is: beside its config.json, or in runs/ by its config and data."""
   file, _, argument = args.config.partition(":")
+  if file.endswith(".json"):
+    return pathlib.Path(file).parent
   data = "".join(c if c.isalnum() else "_" for c in args.data).strip("_")
-  return "-".join(part for part in (pathlib.Path(file).stem, argument, data) if part)
+  return pathlib.Path("runs") / "-".join(part for part in (pathlib.Path(file).stem, argument, data) if part)
 
 
 def _make_logger(run, workdir: pathlib.Path):

@@ -32,7 +32,8 @@ def start_from(config: InitFrom, state: TrainState, logger: Logger, *, model: Ba
     earlier.close()
   found = warm_start(state, saved, config=config, adapt=functools.partial(adapt, model=model))
   fresh = ", ".join(found.fresh) or "none"
-  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {fresh}")
+  beside = f"; with its {', '.join(found.beside)}" if found.beside else ""
+  logger.notice(f"starts from {config.path}, step {int(saved['step'])}: {found.taken} tensors taken; as initialized: {fresh}{beside}")
   if found.adapted:
     logger.notice(f"adapted to config.model and the data: {', '.join(found.adapted)}")
   return found.state

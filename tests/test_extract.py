@@ -51,6 +51,10 @@ def test_images_are_normalized_as_in_the_evaluation_view(one):
   np.testing.assert_allclose(found, (IMAGES - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4], rtol=1e-5, atol=1e-6)
 
 
+def test_the_source_of_features_says_how_images_are_seen(one):
+  assert one("eval").source.endswith(" (largest center crop, 32x32, bilinear)")
+
+
 def test_eight_devices_give_what_one_gives_for_a_count_they_do_not_divide(one, eight):
   found, expected = eight.apply(outputs, IMAGES)["map"], one.apply(outputs, IMAGES)["map"]
   assert found.shape == (5, 3, 5, 24)

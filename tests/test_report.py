@@ -133,7 +133,7 @@ def test_without_labels_nothing_is_called_an_accuracy(tmp_path):
   record = collect.collect(make(tmp_path, rows=rows, facts=facts))
   assert words.headline(record) == "MSN, 100 steps on photos (40 images); healthy."
   said = " ".join(words.findings(record))
-  assert "no labels" in said and "7.5 directions (2.5 at first)" in said
+  assert "no labels" in said and "7.5 main directions (2.5 at first)" in said
   assert "k-NN not computed: the data has no labels" in Page(page.render(record)).text
 
 
@@ -151,7 +151,7 @@ def test_protocols_baselines_times_and_the_making_are_on_the_page(tmp_path):
 
 @pytest.mark.parametrize(
   ("score", "title", "value"),
-  [("top1_k20", "top-1, k=20", "71.0 %"), ("top1/64", "top-1 at 64", "71.0 %"), ("lr/0.1_wd/0", "learning rate 0.1, weight decay 0", "71.0 %"), ("rank", "directions that embeddings fill", "71"), ("random_init/top1/8", None, "71.0 %")],
+  [("top1_k20", "top-1, k=20", "71.0 %"), ("top1/64", "top-1 at 64", "71.0 %"), ("lr/0.1_wd/0", "learning rate 0.1, weight decay 0", "71.0 %"), ("rank", "main directions that embeddings fill", "71"), ("random_init/top1/8", None, "71.0 %")],
 )
 def test_scores_are_named_and_have_their_unit(score, title, value):
   assert title is None or words.title(score) == title

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 
@@ -142,6 +143,20 @@ def test_equal_features_have_one_panel_and_the_caption_says_why(monkeypatch):
   looked_at = types.SimpleNamespace(features=Features(rows, np.arange(30) % 3, np.arange(30)), class_name=str)
   (picture,) = embedding.draw(looked_at, Options())
   assert "in a plane (PCA)" in picture.caption and "t-SNE and UMAP left out, as all images have the same features" in picture.caption
+
+
+@pytest.mark.parametrize(("count", "start"), [(3, "random"), (30, "spectral")])
+def test_umap_is_asked_for_what_it_can_do_with_so_many_images(monkeypatch, count, start):
+  class UMAP:
+    def __init__(self, **settings):
+      self.settings = settings
+
+    def fit_transform(self, x):
+      return self.settings
+
+  monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
+  asked = embedding.project(np.ones((count, 6), np.float32), how="UMAP")
+  assert asked == {"n_neighbors": min(15, count - 1), "init": start, "random_state": 0, "n_jobs": 1}
 
 
 def test_attention_is_the_same_function_at_every_report(subject):

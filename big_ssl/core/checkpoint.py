@@ -87,6 +87,8 @@ class Checkpointer:
 
   def __init__(self, workdir: str | pathlib.Path, *, keep_last: int = 2, keep_every: int | None = None):
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    if "[" in str(self.directory):  # Orbax takes it for a pattern, and leaves the parts of a checkpoint unmerged
+      raise UserError(f"--workdir={workdir}: checkpoints under a path with '[' could not be read back; choose another.")
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from big_ssl.core import layer_decay, schedules
-from big_ssl.core.config import OptimConfig
+from big_ssl.core.optim_config import OptimConfig
 from big_ssl.core.types import Array, Interval, Params, PyTree, Rule, UserError
 
 
@@ -98,7 +98,8 @@ def learning_rate(config: OptimConfig, *, total_steps: int, batch_size: int, exa
     ends = {"start": config.lr * factor, "final": config.final_lr * factor}
     total = int(total_steps * config.stretch)
     return lambda step: schedules.poly(clock(step), **ends, power=config.poly_power, total=total)
-  if config.schedule == "warmup_cosine" and warmup >= total_steps * config.stretch:
+  # A warm-up that includes its end may be all of the run, as numpy's linspace; any other one would never peak.
+  if config.schedule == "warmup_cosine" and warmup >= total_steps * config.stretch + config.warmup_inclusive:
     raise UserError(f"config.optim.warmup={config.warmup}: {warmup} steps, but the schedule ends after {int(total_steps * config.stretch)}.")
   return lambda step: schedules.warmup_cosine(
     clock(step),
@@ -166,14 +167,16 @@ def make_optimizer(
     leaves, treedef = jax.tree.flatten(params)
     grad_leaves = treedef.flatten_up_to(grads)
     slots = {k: treedef.flatten_up_to(v) for k, v in opt_state.items()}
+    grad_leaves = [g.astype(p.dtype) for g, p in zip(grad_leaves, leaves, strict=True)]
+    rates = [_Rates(lr=lr * t.rule.lr_mult, decay=wd * t.rule.weight_decay) for t in tensors]
+    rates = with_trust(config, tensors, leaves, grad_leaves, rates)
     new_leaves, new_slots = [], {k: [] for k in slots}
     for i, (tensor, p, g) in enumerate(zip(tensors, leaves, grad_leaves, strict=True)):
       old = {k: v[i] for k, v in slots.items()}
       if tensor.rule.lr_mult == 0:
         new_p, new = p, old
       else:
-        rates = _Rates(lr=lr * tensor.rule.lr_mult, decay=wd * tensor.rule.weight_decay)
-        new_p, new = update(config, tensor.rule, p, g.astype(p.dtype), old, rates)
+        new_p, new = update(config, tensor.rule, p, g, old, rates[i])
         if tensor.freeze_steps:
           active = step >= tensor.freeze_steps
           new_p, new = jax.tree.map(lambda a, b: jnp.where(active, a, b), (new_p, new), (p, old))
@@ -190,8 +193,43 @@ def make_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class _Rates:
+  """Of one tensor: p <- p - lr trust (g + decay p), but for the momentum."""
+
   lr: Array
   decay: Array
+  trust: Array | float = 1.0
+
+
+def with_trust(
+  config: OptimConfig, tensors: tuple[Tensor, ...], params: list[Array], grads: list[Array], rates: list[_Rates]
+) -> list[_Rates]:
+  """The rates with the ratios of LARS or LARC, where a rule does not exempt the tensor.
+
+  LARS (arXiv 1708.03888): trust |p| / |g + wd p|, 1 where a norm is 0. LARC (NVIDIA apex): trust |p| / (|g| + wd |p| + eps),
+  and 1 without decay where |p| or |g| is 0. With `config.trust_clip`, LARC's clip, a ratio becomes min(ratio / lr, 1). Query, key
+  and value of one attention have one ratio, since the reference implementations keep them in one tensor.
+  """
+  if config.name not in ("lars", "larc"):
+    return rates
+  lars = config.name == "lars"
+  updates = [g + r.decay * p for p, g, r in zip(params, grads, rates, strict=True)] if lars else grads
+  found = []
+  for tensor, r, p, u in zip(tensors, rates, fused_norms(params, tensors), fused_norms(updates, tensors), strict=True):
+    usable = (p > 0) & (u > 0)
+    ratio = config.trust_coefficient * p / jnp.where(usable, u if lars else u + r.decay * p + config.eps, 1.0)
+    ratio = jnp.minimum(ratio / r.lr, 1.0) if config.trust_clip else ratio
+    trusted = _Rates(r.lr, r.decay if lars else jnp.where(usable, r.decay, 0.0), jnp.where(usable, ratio, 1.0))
+    found.append(trusted if tensor.rule.trust_ratio else r)
+  return found
+
+
+def fused_norms(leaves: list[Array], tensors: tuple[Tensor, ...]) -> list[Array]:
+  """Euclidean norm of each tensor, of query, key and value of one attention together."""
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
+  totals: dict[str, Array] = {}
+  for tensor, square in zip(tensors, squares, strict=True):
+    totals[tensor.fused] = totals.get(tensor.fused, jnp.float32(0)) + square
+  return [jnp.sqrt(totals[t.fused]) for t in tensors]
 
 
 def _adamw(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
@@ -208,23 +246,12 @@ def _adamw(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates
 
 
 def _momentum(config: OptimConfig, rule: Rule, p: Array, g: Array, old: dict, rates: _Rates) -> tuple[Array, dict]:
-  """Momentum SGD, LARS (arXiv 1708.03888) and LARC: d = ratio (g + wd p), ratio 1 for SGD and where a rule says so.
-
-  LARS: ratio = trust |p| / |g + wd p|, 1 where a norm is 0. LARC (NVIDIA apex, clip off): ratio = trust |p| / (|g| + wd |p| + eps), and
-  the raw gradient, without decay, where |p| or |g| is 0.
+  """Momentum SGD, LARS and LARC: d = trust (g + wd p), trust 1 for SGD.
 
   v <- m v + d, p <- p - lr v (torch, BYOL, MoCo v3); with `lr_in_momentum`, v <- m v + lr d, p <- p - v (SimCLR, PAWS).
   The two agree only while the learning rate is constant.
   """
-  d = g + rates.decay * p
-  if config.name == "lars" and rule.trust_ratio:
-    p_norm, d_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(d.ravel())
-    usable = (p_norm > 0) & (d_norm > 0)
-    d = d * jnp.where(usable, config.trust_coefficient * p_norm / jnp.where(usable, d_norm, 1.0), 1.0)
-  elif config.name == "larc" and rule.trust_ratio:
-    p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
-    ratio = config.trust_coefficient * p_norm / (g_norm + rates.decay * p_norm + config.eps)
-    d = jnp.where((p_norm > 0) & (g_norm > 0), ratio * d, g)
+  d = rates.trust * (g + rates.decay * p)
   inside, outside = (rates.lr, 1.0) if config.lr_in_momentum else (1.0, rates.lr)
   d = inside * d
   momentum = config.momentum * rule.momentum

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from big_ssl.core.config import InitFrom
-from big_ssl.core.types import TrainState, UserError
+from big_ssl.core.types import PyTree, TrainState, UserError
 
 # Where methods keep the same modules; the rest of a path, "backbone/...", names the tensor in all of them.
 _PLACES = (
@@ -22,24 +22,31 @@ _PLACES = (
   ("extra/batch_stats/", "statistics", "student"),
   ("extra/teacher_batch_stats/", "statistics", "teacher"),
 )
+# State that goes with the heads and not with the data; a queue is of no use without its pointer, where it has one.
+_STATE = (("center",), ("queue", "queue_pointer"))
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-  """The new state, how many of its tensors were taken, which of them were adapted, and what stays as initialized."""
+  """The new state, how many of its tensors were taken, which of them were adapted, and what stays as initialized.
+
+  `beside`: names of the method's state that was taken beside the weights.
+  """
 
   state: TrainState
   taken: int
   adapted: tuple[str, ...]
   fresh: tuple[str, ...]
+  beside: tuple[str, ...] = ()
 
 
 def warm_start(
   state: TrainState, saved: Mapping[str, np.ndarray], *, config: InitFrom, adapt: Callable[..., np.ndarray | None]
 ) -> WarmStart:
-  """Weights and batch statistics by name and shape; step, optimizer, queues, centers and banks stay new.
+  """Weights and batch statistics by name and shape; step, optimizer, assignments and banks stay new.
 
-  A teacher that the earlier run did not have starts as its student does.
+  A teacher that the earlier run did not have starts as its student does. DINO's center and the queues of MoCo and SwAV
+  come along where they have the same shape and all weights were taken: of other heads they mean nothing.
 
   Args:
     state: freshly initialized, placed.
@@ -81,8 +88,7 @@ def warm_start(
           different.append(f"{path} {list(found.shape)} there, {list(value.shape)} here")
       return value
     count += 1
-    found = found.astype(value.dtype)
-    return jax.make_array_from_callback(value.shape, value.sharding, lambda index: found[index])
+    return _placed(found, value)
 
   new = jax.tree_util.tree_map_with_path(take, {"params": state.params, "extra": state.extra})
   if missing or different:
@@ -92,7 +98,26 @@ def warm_start(
       if items
     ]
     raise UserError(f"{where}: its backbone is another one. {'; '.join(parts)}. Use the config.model of that run.")
-  return WarmStart(state.replace(params=new["params"], extra=new["extra"]), count, tuple(adapted), tuple(fresh))
+  beside = {} if fresh else _beside(new["extra"], saved, skip=config.skip)
+  extra = new["extra"] | beside if beside else new["extra"]
+  return WarmStart(state.replace(params=new["params"], extra=extra), count, tuple(adapted), tuple(fresh), tuple(beside))
+
+
+def _beside(extra: PyTree, saved: Mapping[str, np.ndarray], *, skip: str) -> dict[str, jax.Array]:
+  """Those of `_STATE` that the earlier run has in the shapes of this one."""
+  out = {}
+  for names in _STATE:
+    here = {name: extra[name] for name in names if isinstance(extra, Mapping) and name in extra}
+    there = {name: saved.get(f"extra/{name}") for name in here}
+    skipped = skip and any(re.search(skip, f"extra/{name}") for name in here)
+    if not skipped and all(there[n] is not None and there[n].shape == here[n].shape for n in here):
+      out |= {name: _placed(there[name], here[name]) for name in here}
+  return out
+
+
+def _placed(found: np.ndarray, like: jax.Array) -> jax.Array:
+  found = found.astype(like.dtype)
+  return jax.make_array_from_callback(like.shape, like.sharding, lambda index: found[index])
 
 
 def _place(path: str) -> tuple[str, str, str] | None:

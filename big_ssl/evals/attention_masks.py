@@ -17,7 +17,6 @@ from big_ssl.ops import mask_scores
 from big_ssl.ops.segmentation import resize_mask
 
 PATH = "config.evals.attention_masks"
-VOID = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +32,14 @@ class AttentionMasks(Evaluator):
   """Jaccard index of the patches that hold most of a head's attention with the objects of an image, in percent.
 
   "jaccard" takes the best head for each object, "jaccard_mean_head" the mean over heads, "jaccard_head_2" one of them; means
-  over the objects of an image, then over images. An object is a label of the mask other than 0, the background, and 255,
-  which is part of no object. The defaults are for small images; DINO's figures (VOC 2012: 45.9, random 22.0) are of size=480.
+  over the objects of an image, then over images. An object is a label of the mask other than 0, the background, and
+  `ignore`, which is part of no object. The defaults are for small images; DINO's figures (VOC 2012: 45.9, random 22.0) are of size=480.
 
   Attributes:
     output: the attention of CLS to the patches, or its mean over the patches in a backbone without CLS.
     layer: block whose attention is taken, -1 is the last.
     keep: share of a head's attention that its mask holds.
+    ignore: label, as in the masks, that is no object, and counts against a mask that covers it; -1 is none.
     size: side in pixels to which images are squashed, or (height, width); 0 leaves them as they are, and compiles for each
       size. What patches do not divide is cut off.
     max_images: use only so many held-out images, evenly spaced; 0 is all.
@@ -50,6 +50,7 @@ class AttentionMasks(Evaluator):
   output: Literal["attention"] = "attention"
   layer: int = -1
   keep: float = 0.6
+  ignore: int = 255
   size: int | tuple[int, int] = 96
   max_images: int = 1000
   batch_size: int = 32
@@ -98,7 +99,7 @@ class AttentionMasks(Evaluator):
       for picture, maps in zip(group, attention):
         masks = mask_scores.mass_masks(maps, keep=self.keep)
         steps = [full // n for full, n in zip(picture.labels.shape, masks.shape[1:], strict=True)]
-        found = mask_scores.jaccard(masks.repeat(steps[0], axis=1).repeat(steps[1], axis=2), labels=picture.labels, void=VOID)
+        found = mask_scores.jaccard(masks.repeat(steps[0], axis=1).repeat(steps[1], axis=2), labels=picture.labels, void=self.ignore)
         rows.append([found.max(axis=1).mean(), *found.mean(axis=0)])
     return 100.0 * np.asarray(rows)
 
@@ -113,7 +114,7 @@ class AttentionMasks(Evaluator):
       except ValueError as error:  # cannot be read
         unreadable.append(f"{images.name(int(index))}: {error}")
         continue
-      if not len(mask_scores.object_labels(picture.labels, void=VOID)):
+      if not len(mask_scores.object_labels(picture.labels, void=self.ignore)):
         continue
       group = waiting.setdefault(picture.image.shape, [])
       group.append(picture)
@@ -141,7 +142,7 @@ class AttentionMasks(Evaluator):
     return (
       f"attention masks: attention of CLS to the patches (without CLS, its mean over them) in {layer}, {heads} heads, the patches"
       f" with {self.keep:g} of its mass, enlarged by nearest neighbors ({'x'.join(map(str, extract.stride))}); Jaccard with the"
-      f" labels other than 0 and {VOID}, best head for each object, mean over the objects of an image, then over {count} of"
+      f" labels other than 0 and {self.ignore}, best head for each object, mean over the objects of an image, then over {count} of"
       f" {len(images)} held-out images, {size}, normalized as in evaluation, of {images.describe()['name']}"
     )
 

@@ -75,6 +75,15 @@ class Crop:
     return dataclasses.replace(view, crop=self.kind, **{name: getattr(self, name) for name in names})
 
 
+def seen(view: View) -> str:
+  """The geometry of an evaluation view in words, for the protocol: what of an image is seen, and at which size."""
+  height, width = view.shape
+  how = "whole images, squashed" if view.crop == "none" else "largest center crop"
+  if view.crop == "center" and view.center_fraction < 1:
+    how = f"center of images resized to {round(min(view.shape) / view.center_fraction)} on the shorter side"
+  return f"{how}, {height}x{width}, {view.interpolation}{'' if view.antialias else ' without antialiasing'}"
+
+
 # A key of `Method.features` or a function of a `core.method.Trunk` and the images of the evaluation view, with a name
 # as its str(): hashable, and one object (or equal ones) for every call, as it is compiled.
 Output = str | Callable[[Any, Any], Any]
@@ -242,7 +251,7 @@ def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair
     scale = _scale(train, name=name)
     cropped = functools.partial(_cropped, extract, scale=scale, output=name, weights=weights)
     train = scale(train)
-    yield Pair(prefix, train, scale(held_out), cropped)
+    yield Pair(prefix, train, _told(scale(held_out), baselines, by="training"), cropped)
 
 
 def _cropped(
@@ -261,7 +270,13 @@ def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator
     found = labeled(extract("eval", output=name, weights=weights), name=name)
     if found is None:
       return
-    yield prefix, _scale(found, name=name)(found)
+    yield prefix, _told(_scale(found, name=name)(found), baselines, by="held-out")
+
+
+def _told(features: Features, baselines: bool, *, by: str) -> Features:
+  """With the yardsticks in the words that end a protocol."""
+  words = f"raw_pixels: those of the view, standardized by the {by} images" if baselines else ""
+  return dataclasses.replace(features, source="; ".join(filter(None, (features.source, words))))
 
 
 def _kinds(output: Output, baselines: bool) -> list[tuple[str, Output, Weights]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Knn(Evaluator):
     baselines: also report the same protocol on standardized raw pixels and on the random initialization.
   """
 
+  path: ClassVar[str] = "config.evals.knn"  # for errors
+
   k: int | tuple[int, ...] = 20
   temperature: float = 0.07
   max_bank: int = 0
@@ -34,11 +36,11 @@ class Knn(Evaluator):
 
   def __post_init__(self):
     if not self.ks or min(self.ks) < 1:
-      raise UserError(f"config.evals.knn.k={self.k}: expected at least 1.")
+      raise UserError(f"{self.path}.k={self.k}: expected at least 1.")
     if self.temperature <= 0:
-      raise UserError(f"config.evals.knn.temperature={self.temperature}: expected a positive number.")
+      raise UserError(f"{self.path}.temperature={self.temperature}: expected a positive number.")
     if self.max_bank < 0:
-      raise UserError(f"config.evals.knn.max_bank={self.max_bank}: expected a number of images, or 0 for all.")
+      raise UserError(f"{self.path}.max_bank={self.max_bank}: expected a number of images, or 0 for all.")
 
   @property
   def ks(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ class Knn(Evaluator):
   def _bank_rows(self, count: int) -> np.ndarray:
     size = min(count, self.max_bank or count)
     if max(self.ks) > size:
-      raise UserError(f"config.evals.knn.k={max(self.ks)}: more neighbors than the {size} images of the bank.")
+      raise UserError(f"{self.path}.k={max(self.ks)}: more neighbors than the {size} images of the bank.")
     # Drawn, not the first: folders are sorted by class.
     return np.arange(count) if size == count else np.sort(np.random.default_rng(0).permutation(count)[:size])
 

@@ -43,7 +43,8 @@ class LinearProbe(Evaluator):
         source = f", {pair.held_out.source}" if pair.held_out.source else ""
         unseen = np.setdiff1d(pair.held_out.labels, pair.train.labels)
         source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
-        chosen = f" of {self.l2} by {part_tenth(pair.train.labels).words}" if len(self.l2) > 1 else ""
+        edge = " (at the edge of these)" if l2 in (min(self.l2), max(self.l2)) else ""
+        chosen = f" of {self.l2} by {part_tenth(pair.train.labels).words}{edge}" if len(self.l2) > 1 else ""
         protocol = (
           f"logistic regression to convergence, lambda={l2:g}{chosen}, output '{self.output}'"
           f" ({pair.train.features.shape[1]} dimensions, standardized) of the evaluation view without augmentation,"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from big_ssl.core.method import Trunk
 from big_ssl.core.types import Array, UserError
@@ -32,6 +32,7 @@ class PatchSizes(Evaluator):
   def __post_init__(self):
     if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
       raise UserError(f"config.evals.patch_sizes.sizes={self.sizes}: expected sizes in pixels, each once.")
+    self._probe(self.sizes[0])  # refuses the other fields
 
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
     for size in self.sizes:
@@ -40,14 +41,22 @@ class PatchSizes(Evaluator):
         raise UserError(f"config.evals.patch_sizes.sizes={self.sizes}: {size} does not divide the evaluation view of {height}x{width}.")
     metrics, protocol = {}, ""
     for size in self.sizes:
-      probe = Knn(k=self.k, temperature=self.temperature, max_bank=self.max_bank, baselines=self.baselines, output=PooledAt(size))
-      report = probe(extract, mesh=mesh)
+      report = self._probe(size)(extract, mesh=mesh)
       if not report.metrics:
         return Report({}, report.protocol)
       named = {name.partition("_k")[0]: score for name, score in report.metrics.items()}
       metrics |= {name if name.startswith("raw_pixels/") else f"{name}/{size}": score for name, score in named.items()}
-      protocol = protocol or report.protocol.replace(str(PooledAt(size)), "pooled at patches of " + ", ".join(map(str, self.sizes)))
+      said = f"'pooled' of the backbone at patches of {', '.join(map(str, self.sizes))}"
+      protocol = protocol or report.protocol.replace(f"'{PooledAt(size)}'", said)
     return Report(metrics, protocol)
+
+  def _probe(self, size: int) -> Knn:
+    settings = {"k": self.k, "temperature": self.temperature, "max_bank": self.max_bank, "baselines": self.baselines}
+    return _Probe(**settings, output=PooledAt(size))
+
+
+class _Probe(Knn):
+  path: ClassVar[str] = "config.evals.patch_sizes"
 
 
 @dataclasses.dataclass(frozen=True)

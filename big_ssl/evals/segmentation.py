@@ -89,6 +89,7 @@ class Segmentation(Evaluator):
     sides = self.size if isinstance(self.size, tuple) else (self.size or 1,)
     self._need(min(sides) >= 1, "size", "pixels of the shorter side, (height, width), or 0 for the images' own size")
     self._need(self.window > 0 or not self.stride, "stride", "0 without config.evals.segmentation.window")
+    self._need(self.stride <= self.window, "stride", f"at most config.evals.segmentation.window={self.window}, or pixels are left out")
     self._need(bool(self.scales) and min(self.scales) > 0, "scales", "positive numbers")
     self._need(bool(self.lrs) and min(self.lrs) > 0, "lrs", "positive numbers")
     self._need(0 <= self.dropout < 1, "dropout", "a rate in [0, 1)")
@@ -279,8 +280,9 @@ class Segmentation(Evaluator):
 
   def _fit_protocol(self, fitted: _Fitted) -> str:
     cached = fitted.cached
+    edge = " (at the edge of these)" if fitted.lr in (min(self.lrs), max(self.lrs)) else ""
     lr = (
-      f"{fitted.lr:g} of {self.lrs} by a tenth of the training images, fitted on the others"
+      f"{fitted.lr:g} of {self.lrs} by a tenth of the training images{edge}, fitted on the others"
       if len(self.lrs) > 1
       else f"{fitted.lr:g}"
     )

@@ -21,11 +21,14 @@ class NTXent:
     loss: scalar.
     per_anchor: [2B], unscaled.
     accuracy: share of all anchors whose positive is the most similar of the 2B - 1 others.
+    cross_accuracy: share of the anchors of view 1 whose positive is the most similar of view 2 alone: the official
+      code's number.
   """
 
   loss: Array
   per_anchor: Array
   accuracy: Array
+  cross_accuracy: Array
 
 
 def nt_xent(z: Array, *, temperature: float | Array, loss_scale: float = 1.0) -> NTXent:
@@ -57,8 +60,12 @@ def nt_xent(z: Array, *, temperature: float | Array, loss_scale: float = 1.0) ->
   s = jnp.where(anchor[:, None] == anchor[None, :], -jnp.inf, s)
   per_anchor = jax.nn.logsumexp(s, axis=-1) - positive
   hits = jnp.argmax(s, axis=-1) == (anchor + rows // 2) % rows
+  cross = jnp.argmax(s[: rows // 2, rows // 2 :], axis=-1) == jnp.arange(rows // 2)
   return NTXent(
-    loss=loss_scale * jnp.mean(per_anchor), per_anchor=per_anchor, accuracy=jnp.mean(hits, dtype=jnp.float32)
+    loss=loss_scale * jnp.mean(per_anchor),
+    per_anchor=per_anchor,
+    accuracy=jnp.mean(hits, dtype=jnp.float32),
+    cross_accuracy=jnp.mean(cross, dtype=jnp.float32),
   )
 
 

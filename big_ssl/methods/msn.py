@@ -23,7 +23,7 @@ from big_ssl.augment import masking
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, GaussianBlur, Grayscale
 from big_ssl.core import health
 from big_ssl.core.method import Inputs, Method, Trunk, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError, sides
 from big_ssl.losses import distill
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_patches, normalize
 from big_ssl.models.encoder import Encoded, Encoder, as_teacher, copy_tree, crop_major, encode, encode_packed
@@ -169,18 +169,25 @@ class MSN(Method):
     return out.total, (extra, jax.lax.stop_gradient(metrics))
 
   def _anchors(self, params: Params, stats: Extra, batch: dict[str, Array], rng: Array) -> Encoded:
-    """Random views with patches dropped, then focal views, each kind a batch of its own."""
+    """Random views with patches dropped, then focal views, each kind a batch of its own (but see `one_batch`)."""
     rng_mask, rng_rand, rng_focal = jax.random.split(rng, 3)
-    z = []
-    for name, count, key in (("rand", self.rand_views, rng_rand), ("focal", self.focal_views, rng_focal)):
-      if count:
-        images = crop_major(batch[name])  # [V*B, H, W, C]
-        keep = self.keep_patches(rng_mask, images) if name == "rand" else None
-        kwargs = {} if keep is None else {"keep": keep}
-        encoded = encode(self.encoder, params, stats, images, train=True, rng=key, **kwargs)
-        stats = encoded.batch_stats
-        z.append(encoded.out["projection"])
+    groups = [batch[name] for name, count in (("rand", self.rand_views), ("focal", self.focal_views)) if count]
+    if self.one_batch:
+      groups = [jnp.concatenate(groups, axis=1)]
+    z, keys = [], (rng_rand, rng_focal)[0 if self.rand_views else 1 :]
+    for i, views in enumerate(groups):
+      images = crop_major(views)  # [V*B, H, W, C]
+      keep = self.keep_patches(rng_mask, images) if self.rand_views and i == 0 else None
+      kwargs = {} if keep is None else {"keep": keep}
+      encoded = encode(self.encoder, params, stats, images, train=True, rng=keys[i], **kwargs)
+      stats = encoded.batch_stats
+      z.append(encoded.out["projection"])
     return Encoded({"projection": jnp.concatenate(z)}, stats)
+
+  @property
+  def one_batch(self) -> bool:
+    """Anchors of one size are one BN batch, as released; dropping patches from the random views alone keeps them apart (own choice)."""
+    return bool(self.rand_views and self.focal_views) and not self.patch_drop and sides(self.rand_size) == sides(self.focal_size)
 
   def _packed_anchors(self, params: Params, stats: Extra, batch: dict[str, Array], rng: Array) -> Encoded:
     """The same of both kinds in common sequences; the head's BN still sees each kind by itself."""
@@ -192,7 +199,7 @@ class MSN(Method):
       if keep is not None and keep.ndim == 2:  # rows view by view -> image by image
         keep = keep.reshape(self.rand_views, -1, keep.shape[-1]).swapaxes(0, 1).reshape(keep.shape)
       keeps[0] = keep
-    kwargs = {"pack": self.pack_crops, "keeps": keeps, "head_per_group": True}
+    kwargs = {"pack": self.pack_crops, "keeps": keeps, "head_per_group": not self.one_batch}
     encoded = encode_packed(self.encoder, params, stats, groups, train=True, rng=rng_drop, **kwargs)
     z = encoded.out["projection"]  # [M, B, D]
     return Encoded({"projection": z.reshape(-1, z.shape[-1]), "padding": encoded.out["padding"]}, encoded.batch_stats)

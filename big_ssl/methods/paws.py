@@ -8,8 +8,8 @@ similarity to the support, without any classifier layer (section 3):
   loss = mean H(t of the other big view, or their mean for small views, p) - lambda H(mean rho(p))
 
 Y has one column per class of the draw, smoothed. Facts follow the released code: supports are augmented as the big views
-are and share their batch in every BN; the small views are a BN batch of their own. Sizes of the support are those of the
-GLOBAL batch: the reference's 15 classes on each of 64 GPUs are 960 here, on any number of devices.
+are and share their batch in every BN; the small views are a BN batch of their own, unless they have the size of the big
+ones. Sizes of the support are those of the GLOBAL batch: the reference's 15 classes on each of 64 GPUs are 960 here, on any number of devices.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from big_ssl.augment.photometric import (
 )
 from big_ssl.core import health
 from big_ssl.core.method import ClassBalanced, Inputs, Method, Trunk, View
-from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError
+from big_ssl.core.types import Array, Extra, Metrics, Params, Rule, Size, UserError, sides
 from big_ssl.losses import semi
 from big_ssl.methods.parts import center_view, check_channels, check_least, check_positive, check_shares, normalize
 from big_ssl.models.encoder import Encoder, crop_major, encode
@@ -140,12 +140,14 @@ class PAWS(Method):
     # 3.1 Supports and big views are one batch, small views another: h before the prediction head, z after it.
     unlabeled, support = batch["unlabeled"], batch["support"]
     rng_big, rng_small = jax.random.split(rng)
-    images = jnp.concatenate([crop_major(support["big"]), crop_major(unlabeled["big"])])  # [V*S + 2*B, H, W, C]
+    one_batch = self.small_views and sides(self.small_size) == sides(self.big_size)  # a batch per size, as released
+    views = [support["big"], unlabeled["big"], *([unlabeled["small"]] if one_batch else [])]
+    images = jnp.concatenate([crop_major(v) for v in views])  # [V*S + 2*B, H, W, C]
     big, stats = embed(self, params, extra["batch_stats"], over_devices(images), train=True, rng=rng_big)
-    supports = support["label"].shape[0] * self.support_views
+    supports, count = support["label"].shape[0] * self.support_views, unlabeled["index"].shape[0]
     z, h = big["prediction"], big["projection"]
-    z_support, h_support, z, h = z[:supports], h[:supports], z[supports:], h[supports:]
-    if self.small_views:
+    z_support, h_support, z, h = z[:supports], h[:supports], z[supports:], h[supports : supports + 2 * count]
+    if self.small_views and not one_batch:
       images = over_devices(crop_major(unlabeled["small"]))  # [M*B, h, w, C]
       small, stats = embed(self, params, stats, images, train=True, rng=rng_small)
       z = jnp.concatenate([z, small["prediction"]])  # [(2+M)*B, D]
@@ -167,7 +169,6 @@ class PAWS(Method):
       memax_weight=self.memax_weight,
       floor=self.target_floor,
     )
-    count = unlabeled["index"].shape[0]
     metrics = {"ce": out.ce, "memax": out.memax, "agreement": health.agreement(h[:count], h[count:])}
     metrics |= health.distribution(out.targets, name="target") | health.distribution(out.probabilities, name="prediction")
     metrics |= health.embedding(h)

@@ -195,15 +195,17 @@ class PatchConv(nn.Module):
   kernel_init: nn.initializers.Initializer
   bias_init: nn.initializers.Initializer
   dtype: str
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, images: Array, *, patch: tuple[int, int]) -> Array:
     kernel = self.param("kernel", self.kernel_init, (*self.stored, images.shape[-1], self.width), jnp.float32)
-    bias = self.param("bias", self.bias_init, (self.width,), jnp.float32)
-    kernel = resize_kernel(kernel, size=patch, xp=jnp)
-    images, kernel, bias = (x.astype(self.dtype) for x in (images, kernel, bias))
+    kernel = resize_kernel(kernel, size=patch, xp=jnp).astype(self.dtype)
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(images, kernel, patch, "VALID", dimension_numbers=numbers) + bias
+    y = jax.lax.conv_general_dilated(images.astype(self.dtype), kernel, patch, "VALID", dimension_numbers=numbers)
+    if not self.use_bias:
+      return y
+    return y + self.param("bias", self.bias_init, (self.width,), jnp.float32).astype(self.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -215,12 +217,14 @@ class PatchEmbed(nn.Module):
       bias; "loca" and "big_vision", LeCun normal and a zero bias, flax's default; "flexivit", N(0, 1/width) and a zero
       bias; "moco_v3", uniform within sqrt(6 / (values of a patch + width)) and a zero bias: Xavier over the linear map
       of a patch, not over the receptive field as is usual for convolutions.
+    use_bias: whether the convolution has one.
   """
 
   width: int
   patch: Size
   init: str = "dino"
   dtype: str = "float32"
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, images: Array, *, patch: tuple[int, int] | None = None) -> Array:
@@ -239,7 +243,7 @@ class PatchEmbed(nn.Module):
       "flexivit": (nn.initializers.normal(self.width**-0.5), zeros),
       "moco_v3": (uniform_within(math.sqrt(6 / (values + self.width))), zeros),
     }.get(self.init, (torch_uniform(values), torch_uniform(values)))
-    conv = PatchConv(self.width, stored, kernel_init, bias_init, self.dtype, name="conv")
+    conv = PatchConv(self.width, stored, kernel_init, bias_init, self.dtype, self.use_bias, name="conv")
     return conv(images, patch=patch)
 
 

@@ -35,6 +35,7 @@ class ResNetBlock(nn.Module):
     bottleneck: which of the two.
     zero_init_gamma: the last BN starts at 0, the block as the identity (SimCLR: yes; SwAV, PAWS, DINO: no).
     width_per_group: /64 is a factor on the inner width of a bottleneck alone.
+    groups: of the 3x3 convolution of a bottleneck, a factor on its inner width too.
     preactivation: BN and ReLU before each convolution; a shortcut that is projected starts after the first of them, an
       identity at the raw input, and nothing follows the sum (1901.09005, public code).
     norm, kernel_init: BN and the initializer of the kernels.
@@ -49,13 +50,14 @@ class ResNetBlock(nn.Module):
   dtype: str
   width_per_group: int = 64
   preactivation: bool = False
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
     conv, norm = functools.partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype), self.norm
     out = self.width * (4 if self.bottleneck else 1)
     if self.bottleneck:
-      inner = self.width * self.width_per_group // 64
+      inner = self.width * self.width_per_group // 64 * self.groups
       kernels = [(inner, 1, 1), (inner, 3, self.stride), (out, 1, 1)]
     else:
       kernels = [(self.width, 3, self.stride), (out, 3, 1)]
@@ -66,7 +68,9 @@ class ResNetBlock(nn.Module):
       bn = norm(scale_init=gamma, name=f"bn{i}")
       y = nn.relu(bn(y, train=train)) if self.preactivation else y
       x = y if self.preactivation and projected and i == 1 else x
-      y = conv(features, (kernel, kernel), strides=(stride, stride), padding=kernel // 2, name=f"conv{i}")(y)
+      groups = self.groups if self.bottleneck and i == 2 else 1
+      strided = {"strides": (stride, stride), "padding": kernel // 2, "feature_group_count": groups}
+      y = conv(features, (kernel, kernel), name=f"conv{i}", **strided)(y)
       if not self.preactivation:
         y = bn(y, train=train) if last else nn.relu(bn(y, train=train))
     if projected:
@@ -95,6 +99,8 @@ class ResNet(Backbone):
     blocks, stem_width: override the depth's blocks per stage and the 64 of the stem, for small networks; a
       stem_width of 16 k is the "widening factor" k of 1901.09005.
     width_per_group: torchvision's factor on the inner width of bottlenecks, over 64: 128 is wide_resnet50_2.
+    groups: of the 3x3 convolutions of bottlenecks, whose inner width they multiply: 32, with a width_per_group of 4, is
+      resnext50_32x4d (arXiv 1611.05431).
     sobel: reads gradients of gray instead of color (DeepCluster).
     dtype: compute dtype.
   """
@@ -114,6 +120,7 @@ class ResNet(Backbone):
   blocks: tuple[int, ...] = ()
   stem_width: int = 64
   width_per_group: int = 64
+  groups: int = 1
   sobel: bool = False
   channels: int = 3
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -126,6 +133,8 @@ class ResNet(Backbone):
       raise UserError(
         "config.model.last_relu=False: every block ends with a ReLU unless config.model.preactivation=True."
       )
+    if self.groups < 1 or (self.groups > 1 and self.depth < 50):
+      raise UserError(f"config.model.groups={self.groups}: at least 1, and more only with bottlenecks (config.model.depth=50 or more).")
     blocks = self.blocks or BLOCKS[self.depth]
     if len(self.strides) < len(blocks) - 1 or min((1, *self.strides)) < 1:
       raise UserError(f"config.model.strides={self.strides}: expected {len(blocks) - 1}, of each stage but the first.")
@@ -168,6 +177,7 @@ class ResNet(Backbone):
           self.dtype,
           self.width_per_group,
           self.preactivation,
+          self.groups,
           name=f"layer{stage + 1}_{i}",
         )
         x = block(x, train=train)

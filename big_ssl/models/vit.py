@@ -69,7 +69,8 @@ class ViT(Backbone):
     block: "sequential", or "parallel": attention and MLP read the same normed tokens (ViT-22B).
     mlp: "gelu", or "swiglu" (DINOv2's largest), whose hidden width mlp_dim is then.
     norm: of the blocks and at the end, "layernorm" or "rmsnorm"; norm_bias, whether a LayerNorm has one.
-    pre_norm: a norm between embedding and blocks (timm's xp models).
+    pre_norm: a norm between embedding and blocks (timm's xp models, whose patch embedding has no bias then).
+    patch_bias: whether the patch embedding has a bias.
     qkv_bias: whether query, key and value have biases.
     qk_norm: "layernorm" or "rmsnorm" of queries and keys per head, or "none".
     kernel_patch: patch size (or height, width) of the stored kernel where it is not `patch`: the kernel is PI-resized from it in every call.
@@ -108,6 +109,7 @@ class ViT(Backbone):
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   norm_bias: bool = True
   pre_norm: bool = False
+  patch_bias: bool = True
   qkv_bias: bool = True
   qk_norm: Literal["none", "layernorm", "rmsnorm"] = "none"
   kernel_patch: int | tuple[int, int] = 0
@@ -287,7 +289,8 @@ class ViT(Backbone):
       sides = f"{images.shape[1]}x{images.shape[2]}"
       raise UserError(f"config.model.patch_sizes={self.patch_sizes}: {patch[0]} leaves a rest of images of {sides} pixels.")
     if not self.stem_channels:
-      return PatchEmbed(width, stored, self.patch_init, self.dtype, name="patch_embed")(images, patch=patch)
+      embed = PatchEmbed(width, stored, self.patch_init, self.dtype, self.patch_bias, name="patch_embed")
+      return embed(images, patch=patch)
     height, across = images.shape[1:3]
     stride = 2 ** len(self.stem_channels)
     if min(height, across) < self.patch:

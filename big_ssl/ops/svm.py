@@ -56,7 +56,7 @@ def fit(
     present: [n, P] bool, y = 1.
     cost: [n, P], at least 0; a row of cost 0 takes no part in that problem.
     start: near the minima, to be there sooner; they do not depend on it.
-    tolerance: of the gradient's norm beside the one at zero.
+    tolerance: of the gradient's norm beside the one at zero, but at least beside a millionth of the costs' sum.
 
   Raises:
     ArithmeticError: no convergence, which only features of absurd scale should bring about.
@@ -81,7 +81,9 @@ def _newton(
   x: np.ndarray, sign: np.ndarray, cost: np.ndarray, weights: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
   """The minima [D, P] and their relative gradients [P]; solved problems drop out as they go."""
-  scale = np.maximum(np.linalg.norm(2 * x.T @ (cost * sign), axis=0), 1e-300)
+  # Where the costs of both kinds of rows are equal and features are next to 0, that at zero is next to nothing.
+  floor = np.maximum(1e-6 * cost.sum(axis=0), 1e-300)
+  scale = np.maximum(np.linalg.norm(2 * x.T @ (cost * sign), axis=0), floor)
   relative = np.full(len(scale), np.inf)
   rest = np.arange(len(scale))
   for _ in range(200):

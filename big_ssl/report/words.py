@@ -9,7 +9,7 @@ from big_ssl.report.collect import BASELINES, Evaluation, Record
 
 _TITLES = {
   **{"knn": "k-NN", "linear": "linear probe", "map": "mAP", "health": "features", "lowshot": "low-shot", "nmi": "NMI", "ari": "ARI"},
-  **{"lr": "learning rate", "std": "deviation of the embeddings", "rank": "directions that embeddings fill", "mfu": "share of the peak FLOP/s"},
+  **{"lr": "learning rate", "std": "deviation of the embeddings", "rank": "main directions that embeddings fill", "mfu": "share of the peak FLOP/s"},
   **{"j": "J", "f": "F", "j_and_f": "J and F", "miou": "mIoU", "images_per_sec": "images per second", "data_wait_fraction": "share of the time waiting for data"},
 }
 # Scores that evaluators give in percent: by how a part of their name starts, by what is in it, or by a whole part.
@@ -132,7 +132,8 @@ def _labels(record: Record) -> str:
   if labeled is not False:
     return ""
   ranks = [v for _, v in record.series("rank") if v is not None]
-  rank = f" Embeddings of a batch fill {ranks[-1]:.1f} directions ({ranks[0]:.1f} at first)." if ranks else ""
+  # "Main": of the strongest few alone; the effective rank of an evaluation counts weak ones too, and is often ten times it.
+  rank = f" Embeddings of a batch fill {ranks[-1]:.1f} main directions ({ranks[0]:.1f} at first)." if ranks else ""
   return (
     f"The images have no labels, so nothing here is an accuracy.{rank} Whether the features are of use is seen in the"
     " pictures: nearest neighbors should show the same things, not the same colors."

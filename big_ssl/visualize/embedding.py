@@ -45,7 +45,9 @@ def project(x: np.ndarray, *, how: str) -> np.ndarray:
     return TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0).fit_transform(x)
   from umap import UMAP
 
-  return UMAP(n_neighbors=min(15, count - 1), random_state=0).fit_transform(x)
+  # With a seed it takes one job in any case, and warns where it was not told to. Its spectral start needs 4 points.
+  start = "spectral" if count > 3 else "random"
+  return UMAP(n_neighbors=min(15, count - 1), init=start, random_state=0, n_jobs=1).fit_transform(x)
 
 
 def _installed(name: str) -> bool:
@@ -82,7 +84,7 @@ def _picture(subject: Subject, panels: Sequence[str], name: str) -> Picture:
   caption = (
     f"Features of {len(x):,} of {len(found.features):,} images in a plane ({', '.join(panels)})"
     f"{', colored by class' if labels is not None else ', images at their places as far as there is room'}. Their effective rank is {rank:.1f} of"
-    f" {x.shape[1]} dimensions: so many directions carry the differences between images."
+    f" {x.shape[1]} dimensions: so many directions, weak ones too, carry the differences between images."
     f"{' ' + '; '.join(missing) + '.' if missing else ''}"
   )
   return Picture(name, drawing.grid([parts], gap=10), caption)

@@ -83,7 +83,8 @@ def _read(file: File, subtree: str | None, layout: str | None, given: Fields, *,
     layout, given = layout or own["layout"], {k: _tuple(v) for k, v in own["model"].items()} | given
   elif file.kind == "safetensors":
     given = hugging_face.given_beside(file.path) | given
-  detected = detect(part.tensors, LAYOUTS, hints=hints) if layout is None else by_name(layout, LAYOUTS)
+  found = {"hints": hints, "inside": part.subtree}
+  detected = detect(part.tensors, LAYOUTS, **found) if layout is None else by_name(layout, LAYOUTS)
   hint = ""
   if layout is not None:
     hint = _suggestion(part, hints, detected)
@@ -129,12 +130,16 @@ def import_file(args: argparse.Namespace) -> None:
   first, _, second = (args.subtree or "").partition(",")
   imported = _read(file, first or None, args.layout, args.model, partial=args.allow_partial)
   teacher = _read(file, second, args.layout, args.model, partial=args.allow_partial) if second else None
-  card = card_of(imported, file, license_=args.license, subtree=transfer.choose(file, first or None).subtree)
+  part = transfer.choose(file, first or None)
+  card = card_of(imported, file, license_=args.license, subtree=part.subtree)
   card |= {k: own[k] for k in ("mean", "std", "license", "from", "notes") if own.get(k)}
-  transfer.write_directory(args.to, imported.weights, card=card, teacher=teacher and teacher.weights)
+  state = part.state if "head" in imported.weights.params else {}  # it is that of the head's outputs
+  transfer.write_directory(args.to, imported.weights, card=card, teacher=teacher and teacher.weights, state=state)
   print(
     f"{imported.layout.title}: {len(imported.weights.flat())} tensors, {_millions(imported.weights)}; wrote {args.to}"
   )
+  if state:
+    print(f"with the state of its pretraining: {', '.join(state)}")
   for line in imported.left:
     print(f"left: {line}")
   flags = " ".join(f"--config.model.{k}={_flag(v)}" for k, v in imported.model.items())
@@ -186,6 +191,8 @@ def show_file(args: argparse.Namespace) -> None:
   print(f"part: {part.subtree or 'the whole file'}, {len(part.tensors)} tensors, {numbers / 1e6:.3f} M numbers")
   for place, count in part.others.items():
     print(f"  not read: {place}, {count} tensors")
+  for name, value in part.state.items():
+    print(f"  beside it, for the pretraining to go on: {name} {list(value.shape)}")
   for place, value in file.others.items():
     print(f"  not read: {place} = {describe(value)}")
   imported = _read(file, args.subtree, args.layout, args.model, partial=True)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -183,9 +184,16 @@ def _member(archive: Any, name: str) -> Lazy:
     shape, _, dtype = header(stream)
   if dtype.hasobject:
     raise ValueError(f"'{name}' holds Python objects")
+
+  def read() -> np.ndarray:
+    try:
+      return archive[name]
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+      raise UserError(f"{archive.zip.filename}: '{name}' is damaged ({error}).") from None
+
   if dtype == np.dtype("V2"):
-    return Lazy(shape, np.dtype(ml_dtypes.bfloat16), lambda: archive[name].view(ml_dtypes.bfloat16))
-  return Lazy(shape, dtype, lambda: archive[name])
+    return Lazy(shape, np.dtype(ml_dtypes.bfloat16), lambda: read().view(ml_dtypes.bfloat16))
+  return Lazy(shape, dtype, read)
 
 
 def _msgpack(path: pathlib.Path) -> File:

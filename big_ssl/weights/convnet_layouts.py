@@ -191,13 +191,13 @@ CONVNET_LAYOUTS: tuple[Layout, ...] = (
   *(
     Layout(
       name=f"{form}_regnet",
-      title=f"{title} RegNetY",
+      title=f"{title} RegNet",
       format=form,
       model="regnet",
       marks=(stem, mark),
       clean=HF_NAMES if form == "hf" else prefixes(*DDP),
       fields=lambda shapes, given, stem=stem, first=first: describe.regnet(shapes, stem=stem, first=first),
-      rules=lambda fields, names, form=form: regnet.regnet_rules(dialect=form),
+      rules=lambda fields, names, form=form: regnet.regnet_rules(dialect=form, se=fields.get("se_ratio", 0.25) > 0),
     )
     for form, title, stem, mark, first in (
       ("timm", "timm", "stem.conv.weight", "s1.b1.conv2.conv.weight", r"s(\d)\.b(\d+)\.conv2\.conv\.weight"),

@@ -65,50 +65,104 @@ def torch_vit(shapes: Shapes, *, names: Mapping[str, str], given: Fields) -> Fie
   """Of a ViT in a torch file; `names` says where its parts are, `given` what the user says."""
   width, channels, patch, _ = shapes[names["patch"]]
   table = shapes.get(names["positions"])
-  hidden = shapes.get(names["fc1"]) or shapes.get(names["swiglu"])
-  if hidden is None or table is None:
+  mlp_dim = _mlp_dim(shapes, names, width=width)
+  if not mlp_dim or table is None:
     absent = names["positions"] if table is None else names["fc1"]
     raise UserError(f"weights: missing 1: {absent}; a ViT cannot be described without it.")
   depth = count(shapes, re.escape(names["block"]).replace("0", r"(\d+)", 1))
   cls = names["cls"] in shapes
   slot = cls and math.isqrt(table[1]) ** 2 != table[1]  # no square has another square as its neighbor
-  size = given.get("image_size") or patch * side(table[1] - int(slot), what=names["positions"])
+  size = given.get("image_size") or patch * side(_patches(table[1], shapes, names) - int(slot), what=names["positions"])
   if given.get("image_size"):
     height, width_ = (size, size) if isinstance(size, int) else size
     slot = cls and table[1] == (height // patch) * (width_ // patch) + 1
-  swiglu = names["fc1"] not in shapes
-  mlp_dim = hidden[0] // 2 if swiglu else hidden[0]
-  sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": given.get("heads", 0)}
+  of_head = shapes.get(names.get("qk_norm", ""))
+  heads = given.get("heads", 0) or (width // of_head[0] if of_head else 0)
+  sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads}
   fields = vit_fields(**sizes, patch=patch, channels=channels, image_size=size)
   if cls and not slot:
     fields["class_position"] = False
   if not cls:
     fields["class_token"] = False
-  if "fc_norm.weight" in shapes:
-    fields |= {"pool": "mean", "final_norm": "pooled"}
-  if swiglu:
+  if _swiglu(shapes, names):
     fields["mlp"] = "swiglu"
   if names["registers"] in shapes:
     fields["registers"] = shapes[names["registers"]][1]
-  if names["scale"] in shapes:
+  return fields | _vit_options(shapes, names)
+
+
+def _swiglu(shapes: Shapes, names: Mapping[str, str]) -> bool:
+  """Whether the MLPs are gated: by the name of their first layer or, in timm, by twice the rows that the second reads."""
+  fc1, fc2 = shapes.get(names["fc1"]), shapes.get(names.get("fc2", ""))
+  return names["swiglu"] in shapes or (fc1 is not None and fc2 is not None and fc1[0] == 2 * fc2[1])
+
+
+def _mlp_dim(shapes: Shapes, names: Mapping[str, str], *, width: int) -> int:
+  """Width between the layers of an MLP; 0 where the file does not say."""
+  if names.get("fused") in shapes:  # [mlp | q | k | v]
+    return shapes[names["fused"]][0] - 3 * width
+  hidden = shapes.get(names["fc1"]) or shapes.get(names["swiglu"]) or (0,)
+  return hidden[0] // 2 if _swiglu(shapes, names) else hidden[0]
+
+
+def _patches(positions: int, shapes: Shapes, names: Mapping[str, str]) -> int:
+  """`positions`; raises `UserError` where the registers have some too."""
+  registers = shapes[names["registers"]][1] if names["registers"] in shapes else 0
+  rest = positions - registers - int(names["cls"] in shapes)
+  if registers and rest > 0 and math.isqrt(rest) ** 2 == rest and math.isqrt(positions) ** 2 != positions:
+    raise UserError(
+      f"weights: '{names['positions']}' has {positions} positions, those of {registers} registers among them; registers"
+      " have none here (in timm, no_embed_class=True)."
+    )
+  return positions
+
+
+def _vit_options(shapes: Shapes, names: Mapping[str, str]) -> Fields:
+  """Norms, biases, LayerScale and pooling, as far as they are not the defaults."""
+  fields: Fields = {}
+  if "fc_norm.weight" in shapes:
+    fields |= {"pool": "mean", "final_norm": "pooled"}
+  if "attn_pool.latent" in shapes:
+    fields["pool"] = "map"
+  if any(name in shapes for name in names["scale"].split()):
     fields["layer_scale"] = 1.0
+  if not _in_a_block(names["qkv_bias"], shapes):
+    fields["qkv_bias"] = False
+  if names.get("qk_norm", "") in shapes:
+    fields["qk_norm"] = "layernorm" if names["qk_norm"].replace("weight", "bias") in shapes else "rmsnorm"
+  if "norm_pre.weight" in shapes:
+    fields["pre_norm"] = True
+    if names["patch"].replace("weight", "bias") not in shapes:  # timm's rule; else it is missing
+      fields["patch_bias"] = False
+  if names["norm"] in shapes and not _in_a_block(names["norm"].replace("weight", "bias"), shapes):
+    fields["norm"] = "rmsnorm"
   return fields
+
+
+def _in_a_block(name: str, shapes: Shapes) -> bool:
+  """Whether any block has the tensor that is called `name` in block 0: what one block lacks is missing."""
+  return matches(shapes, re.escape(name).replace(r"\.0\.", r"\.\d+\.", 1) + "$")
 
 
 OFFICIAL = {
   **{"patch": "patch_embed.proj.weight", "positions": "pos_embed", "cls": "cls_token", "block": "blocks.0."},
-  **{"fc1": "blocks.0.mlp.fc1.weight", "swiglu": "blocks.0.mlp.w12.weight", "scale": "blocks.0.ls1.gamma"},
-  "registers": "register_tokens",
+  **{"fc1": "blocks.0.mlp.fc1.weight", "swiglu": "blocks.0.mlp.w12.weight", "qkv_bias": "blocks.0.attn.qkv.bias"},
+  **{"registers": "register_tokens", "norm": "blocks.0.norm1.weight", "scale": "blocks.0.ls1.gamma blocks.0.gamma_1"},
 }
-TIMM = OFFICIAL | {"registers": "reg_token"}
+TIMM = OFFICIAL | {"registers": "reg_token", "fc2": "blocks.0.mlp.fc2.weight", "qk_norm": "blocks.0.attn.q_norm.weight"}
+TIMM_PARALLEL = TIMM | {
+  **{"fused": "blocks.0.in_proj.weight", "qkv_bias": "blocks.0.in_proj.bias", "qk_norm": "blocks.0.q_norm.weight"},
+  **{"norm": "blocks.0.in_norm.weight", "scale": "blocks.0.ls.gamma"},
+}
 _LAYER = "encoder.layer.0"
 HUGGING_FACE = {
   **{"patch": "embeddings.patch_embeddings.projection.weight", "positions": "embeddings.position_embeddings"},
   **{"cls": "embeddings.cls_token", "block": f"{_LAYER}.", "fc1": f"{_LAYER}.intermediate.dense.weight"},
   **{"swiglu": f"{_LAYER}.mlp.weights_in.weight", "scale": f"{_LAYER}.layer_scale1.lambda1"},
-  "registers": "embeddings.register_tokens",
+  **{"registers": "embeddings.register_tokens", "qkv_bias": f"{_LAYER}.attention.attention.query.bias"},
+  "norm": f"{_LAYER}.layernorm_before.weight",
 }
-DINOV2_HF = HUGGING_FACE | {"fc1": f"{_LAYER}.mlp.fc1.weight"}
+DINOV2_HF = HUGGING_FACE | {"fc1": f"{_LAYER}.mlp.fc1.weight", "norm": f"{_LAYER}.norm1.weight"}
 
 
 def flax_vit(shapes: Shapes, *, table: str, block: str, scanned: bool, patch: str, given: Fields) -> Fields:
@@ -142,6 +196,7 @@ def resnet(shapes: Shapes) -> Fields:
   bottleneck = "layer1.0.conv3.weight" in shapes
   depth = next((d for d, b in BLOCKS.items() if b == blocks and (d >= 50) == bottleneck), 50 if bottleneck else 18)
   inner = shapes["layer1.0.conv1.weight"][0]
+  groups = inner // shapes["layer1.0.conv2.weight"][1] if bottleneck else 1
   fields: Fields = {"name": "resnet", "depth": depth, "stem": "imagenet" if kernel == 7 else "cifar"}
   if blocks != BLOCKS[depth]:
     fields["blocks"] = blocks
@@ -149,8 +204,10 @@ def resnet(shapes: Shapes) -> Fields:
     fields["width"] = stem // 64
   else:
     fields["stem_width"] = stem
-  if inner != stem:  # wide_resnet50_2: twice the inner width of bottlenecks alone
-    fields["width_per_group"] = 64 * inner // stem
+  if groups > 1:  # resnext50_32x4d
+    fields["groups"] = groups
+  if inner != stem * groups:  # wide_resnet50_2: twice the inner width of bottlenecks alone
+    fields["width_per_group"] = 64 * inner // (stem * groups)
   return fields if channels == 3 else fields | {"channels": channels}
 
 
@@ -229,7 +286,7 @@ def resmlp(shapes: Shapes, *, stem: str, mix: str, fc1: str, given: Fields) -> F
 
 
 def regnet(shapes: Shapes, *, stem: str, first: str) -> Fields:
-  """Of a RegNetY.
+  """Of a RegNetY or, without squeeze-and-excitation, a RegNetX.
 
   Args:
     stem: name of the stem's convolution.
@@ -253,6 +310,8 @@ def regnet(shapes: Shapes, *, stem: str, first: str) -> Fields:
       break
   else:
     fields |= {"variant": "custom", "widths": widths, "depths": depths, "group_width": group}
+  if not any(".se." in name or ".attention." in name for name in shapes):
+    fields["se_ratio"] = 0.0  # RegNetX
   width, channels, *_ = shapes[stem]
   defaults = {f.name: f.default for f in dataclasses.fields(regnet_lib.RegNet)}
   return fields | {k: v for k, v in (("stem_width", width), ("channels", channels)) if v != defaults[k]}

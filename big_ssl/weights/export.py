@@ -12,6 +12,8 @@ import numpy as np
 
 from big_ssl import __version__
 from big_ssl.core.types import UserError, nearest
+from big_ssl.models import positions
+from big_ssl.models.layers import Backbone
 from big_ssl.weights import hugging_face, transfer
 from big_ssl.weights.containers import write_npz, write_safetensors
 from big_ssl.weights.describe import Fields
@@ -24,6 +26,13 @@ from big_ssl.weights.stablehlo import write_program
 FORMATS = ("official", "timm", "hf", "torchvision", "bigvision", "safetensors", "stablehlo")
 _OWN = ("dino", "msn", "loca", "swav", "paws")  # methods whose public code has a layout
 _NO_SLOT = ("bigvision",)  # layouts whose positions have no slot for CLS
+_PLAIN = {"class_token": (True,), "norm": ("layernorm",), "norm_bias": (True,), "pre_norm": (False,), "patch_bias": (True,)}
+_FIRST = _PLAIN | {"mlp": ("gelu",), "layer_scale": (None,), "registers": (0,)}
+_RUNS = {  # values of fields with which the code behind a layout gives the same numbers; its files have names for more
+  **dict.fromkeys(("dino", "msn", "hf_vit"), _FIRST),
+  **dict.fromkeys(("dinov2", "dinov2_registers", "hf_dinov2", "hf_dinov2_registers"), _PLAIN),
+  "bigvision": _FIRST | {"class_token": (True, False), "qkv_bias": (True,)},
+}
 _SLOT = ("dino", "msn", "dinov2", "dinov2_registers", "hf_vit", "hf_dinov2", "hf_dinov2_registers")
 
 
@@ -56,11 +65,15 @@ def prepare(saved: transfer.Saved, *, form: str) -> Export:
     raise UserError(f"--format={form}: expected one of {', '.join(FORMATS)}.{nearest(form, FORMATS)}")
   fields = {name: _tuples(value) for name, value in saved.card["model"].items()}
   weights = saved.weights
+  if form not in ("safetensors", "stablehlo") and fields.get("name") in ("vit22b", "flexivit"):
+    fields = _as_vit(fields)
   if form in ("safetensors", "stablehlo"):
     return Export(None, weights.flat() | _prefixed(weights.kept), fields, (), ())
   layout = _layout(saved, fields, form)
   same = saved.card.get("layout") == layout.name
   if not same:
+    if wrong := _cannot_run(fields, layout):
+      raise UserError(f"--format={form}: the code of a {layout.title} does not have {', '.join(wrong)}.")
     weights = dataclasses.replace(weights, kept=None)
     weights, fields = _fold(weights, fields, layout)
   flat = weights.flat()
@@ -84,7 +97,9 @@ def write(export: Export, saved: transfer.Saved, *, to: str | pathlib.Path, form
     model = transfer.backbone(export.model)
     msn = saved.card.get("method") == "msn" or saved.card.get("layout") == "msn"
     content = {
-      "config.json": hugging_face.model_config(export.layout.name, model, msn=msn and export.layout.name == "hf_vit")
+      "config.json": hugging_face.model_config(
+        export.layout.name, model, msn=msn and export.layout.name == "hf_vit", classes=_classes(export, model)
+      )
     }
     size = getattr(model, "image_size", 224)
     mean, std = (() if v == transfer.NO_NORMALIZATION else v for v in _normalization(saved, export))
@@ -109,6 +124,14 @@ def write(export: Export, saved: transfer.Saved, *, to: str | pathlib.Path, form
   return [file, card_file, *written]
 
 
+def _classes(export: Export, model: Backbone) -> int:
+  """Of the classifier in a file for transformers, whose Dinov2 reads CLS and the mean of the patches; else 0."""
+  shape = next((v.shape for n, v in export.tensors.items() if n in ("classifier.weight", "classifier.1.weight")), None)
+  if shape is None or (export.layout.name.startswith("hf_dinov2") and shape[1] != 2 * model.size().width):
+    return 0
+  return shape[0]
+
+
 def _layout(saved: transfer.Saved, fields: Fields, form: str) -> Layout:
   """The layout of a format for a model: that of the source where it is one of them, else the one that leaves least."""
   name = fields.get("name", "")
@@ -127,17 +150,49 @@ def _layout(saved: transfer.Saved, fields: Fields, form: str) -> Layout:
 
   def cost(layout: Layout) -> tuple[int, int]:
     keymap = layout.keymap(fields, list(flat))
-    return sum(not keymap.writes(path) for path in flat), int(layout.name.endswith("registers") != registers)
+    left = sum(not keymap.writes(path) for path in flat) + len(_cannot_run(fields, layout))
+    return left, int(layout.name.endswith("registers") != registers)
 
   return min(fit, key=cost)
 
 
+def _as_vit(fields: Fields) -> Fields:
+  """A ViT-22B or a FlexiViT is a ViT of other defaults, which are stated then."""
+  model, plain = transfer.backbone(fields), transfer.backbone({"name": "vit"})
+  names = [f.name for f in dataclasses.fields(plain) if f.name not in ("parent", "name")]
+  return {"name": "vit"} | {n: getattr(model, n) for n in names if n in fields or getattr(model, n) != getattr(plain, n)}
+
+
+def _cannot_run(fields: Fields, layout: Layout) -> list[str]:
+  """Fields of a ViT, with their values, that the code behind a layout does not have."""
+  if fields.get("name") != "vit":
+    return []
+  model, runs = transfer.backbone(fields), _RUNS.get(layout.name, {})
+  return [f"config.model.{n}={getattr(model, n)!r}" for n, values in runs.items() if getattr(model, n) not in values]
+
+
+def _with_table(flat: dict[str, np.ndarray], fields: Fields, layout: Layout) -> tuple[dict[str, np.ndarray], Fields]:
+  """Fixed positions as a table, which other libraries read from the file; big_vision makes its own."""
+  kind = fields.get("pos_table", "learned")
+  if fields.get("name") != "vit" or kind == "learned" or (layout.name == "bigvision" and kind == "sincos2d"):
+    return flat, fields
+  model = transfer.backbone(fields)
+  width, slots = model.size().width, int(model.class_token and model.class_position)
+  fixed = (
+    positions.sincos2d(model.table(), width=width)
+    if kind == "sincos2d"
+    else positions.sincos(model.table(), width=width, scrambled=kind == "sincos_scrambled")
+  )
+  table = np.pad(fixed, ((slots, 0), (0, 0)))[None]
+  return flat | {"params/backbone/pos_embed": table}, {n: v for n, v in fields.items() if n != "pos_table"}
+
+
 def _fold(weights: Weights, fields: Fields, layout: Layout) -> tuple[Weights, Fields]:
   """CLS and its position slot for layouts that have one where the weights have two, or the other way round."""
-  flat, fields = weights.flat(), dict(fields)
+  flat, fields = _with_table(weights.flat(), dict(fields), layout)
   cls, table = "params/backbone/cls_token", "params/backbone/pos_embed"
   if fields.get("name") != "vit" or cls not in flat or table not in flat:
-    return weights, fields
+    return dataclasses.replace(weights, **_trees(flat)), fields
   slot = fields.get("class_position", True)
   without = layout.name in _NO_SLOT or (layout.name == "timm_vit" and bool(fields.get("registers")))
   if slot and without:

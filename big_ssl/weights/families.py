@@ -9,9 +9,10 @@ import numpy as np
 from big_ssl.weights.convnet_layouts import CONVNET_LAYOUTS
 from big_ssl.weights.family import Imported, Layout, by_name, convert
 from big_ssl.weights.keymap import Weights
+from big_ssl.weights.navit_layouts import NAVIT_LAYOUTS
 from big_ssl.weights.vit_layouts import VIT_LAYOUTS
 
-LAYOUTS: tuple[Layout, ...] = VIT_LAYOUTS + CONVNET_LAYOUTS
+LAYOUTS: tuple[Layout, ...] = VIT_LAYOUTS + NAVIT_LAYOUTS + CONVNET_LAYOUTS
 
 
 def load(layout: str, tensors: Mapping[str, np.ndarray], **given: object) -> Imported:

@@ -49,6 +49,7 @@ class Layout:
     model: `config.model.name`.
     marks: names that such a file has, after `clean`, all of them.
     lacks: names that it has not.
+    shaped: what the shapes of such a file are beside, where names alone do not tell.
     hints: places in a file, or kinds of file, that speak for it where names alone leave a choice: "target_encoder",
       "safetensors".
     clean: a name of a file without what wrappers put around it.
@@ -66,6 +67,7 @@ class Layout:
   fields: Callable[[Shapes, Fields], Fields]
   rules: Callable[[Fields, Collection[str]], Rules]
   lacks: tuple[str, ...] = ()
+  shaped: Callable[[Shapes], bool] = lambda shapes: True
   hints: tuple[str, ...] = ()
   clean: Callable[[str], str] = lambda name: name
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -152,13 +154,24 @@ def convert(
   absent = [mark for mark in layout.marks if mark not in shapes]
   if absent:
     raise UserError(f"weights: not a {layout.title}; missing {len(absent)}: {', '.join(absent)}.{hint and ' ' + hint}")
-  fields = layout.fields(shapes, given) | dict(layout.fixed) | given
+  fields = _fields(layout, shapes, given) | dict(layout.fixed) | given
   keymap = layout.keymap(fields, names)
   short_tensors = _Renamed(tensors, names)
   reading = keymap.read(short_tensors, expect=None if expected is None else expected(fields))
   weights = reading.weights if partial else reading.whole(layout.title, hint=hint)
   kept = {name: keymap.kept_because(name) or "" for name in weights.kept or {}}
   return Imported(weights, layout, fields, names, kept, tuple(reading.lines()))
+
+
+def _fields(layout: Layout, shapes: Shapes, given: Fields) -> Fields:
+  """`layout.fields`; raises `UserError` for shapes with which it cannot be."""
+  try:
+    return layout.fields(shapes, given)
+  except (ValueError, LookupError, ZeroDivisionError, StopIteration) as error:
+    if isinstance(error, UserError):
+      raise
+    shown = ", ".join(f"{mark} {list(shapes[mark])}" for mark in layout.marks)
+    raise UserError(f"weights: these are not the shapes of a {layout.title}: {shown}.") from None
 
 
 class _Renamed(Mapping):
@@ -177,25 +190,47 @@ class _Renamed(Mapping):
     return len(self._names)
 
 
-def detect(tensors: Mapping[str, np.ndarray], layouts: tuple[Layout, ...], *, hints: Collection[str] = ()) -> Layout:
+def detect(
+  tensors: Mapping[str, np.ndarray], layouts: tuple[Layout, ...], *, hints: Collection[str] = (), inside: str = ""
+) -> Layout:
   """The layout whose rules leave the fewest tensors over; hints and then the order of `layouts` decide between equals.
+
+  Args:
+    inside: the part of the file that the tensors are of, for the message.
 
   Raises:
     UserError: none has all of its marks there; names what the file holds and the nearest family.
   """
   shapes, best = shapes_of(tensors), []
   for order, layout in enumerate(layouts):
-    short = {layout.clean(name) for name in shapes}
-    if all(mark in short for mark in layout.marks) and not any(name in short for name in layout.lacks):
+    short = {layout.clean(name): shape for name, shape in shapes.items()}
+    named = all(mark in short for mark in layout.marks) and not any(name in short for name in layout.lacks)
+    if named and layout.shaped(short):
       left = leftover(layout, short)
       best.append((left, -len(set(hints) & set(layout.hints)), order, layout))
   if best:
     return min(best, key=lambda entry: entry[:3])[3]
+  if (below := wrapped(shapes, layouts)) is not None:
+    place, layout = below
+    whole = f"{inside}/{place}" if inside else place
+    raise UserError(f"weights: of no family that is known, but below '{place}' lies a {layout.title}: --subtree={whole}.")
   shown = ", ".join(list(shapes)[:5])
   raise UserError(
     f"weights: of no family that is known. The {len(shapes)} tensors begin with: {shown}.{closest(shapes, layouts)}"
     " --subtree=NAME chooses a part of the file, --layout=NAME a family."
   )
+
+
+def wrapped(shapes: Shapes, layouts: tuple[Layout, ...]) -> tuple[str, Layout] | None:
+  """A prefix, without the "." or "/" at its end, below which lie all the marks of a layout; and that layout."""
+  for layout in layouts:
+    first, *others = layout.marks
+    for name in shapes:
+      front = name.removesuffix(first)
+      ends = front != name and front[-1:] in (".", "/")
+      if ends and all(front + mark in shapes for mark in others) and not any(front + n in shapes for n in layout.lacks):
+        return front[:-1], layout
+  return None
 
 
 def leftover(layout: Layout, names: Collection[str]) -> int:

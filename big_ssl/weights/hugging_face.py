@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from big_ssl.core.types import UserError
+from big_ssl.core.types import UserError, sides
 from big_ssl.models.regnet import RegNet
 from big_ssl.models.vit import ViT
 from big_ssl.weights.describe import Fields
@@ -19,27 +19,41 @@ _KINDS = {
 }
 
 
-def model_config(layout: str, model: ViT | RegNet, *, msn: bool = False) -> dict[str, Any]:
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")  # one function, computed in several ways
+_EXACT = ("gelu", "gelu_python")
+_ACTIVATIONS = {
+  **dict.fromkeys(("vit", "vit_msn", "dinov2", "dinov2_with_registers"), (*_EXACT, *_TANH)),
+  "regnet": ("relu",),
+}
+
+
+def model_config(layout: str, model: ViT | RegNet, *, msn: bool = False, classes: int = 0) -> dict[str, Any]:
   """The content of config.json; LayerNorm's epsilon is the one of training.
 
   Args:
     layout: name of the layout.
     model: backbone.
     msn: whether the ViT is MSN's, which transformers has as a class of its own without a pooler.
+    classes: of the classifier in the file; 0 is none.
 
   Raises:
     UserError: a network that transformers does not have.
   """
   kind, architecture = ("vit_msn", "ViTMSNModel") if msn else _KINDS[layout]
+  labels = {f"LABEL_{i}": i for i in range(classes)}
+  if classes:
+    architecture = architecture.removesuffix("Model") + "ForImageClassification"
   common = {"model_type": kind, "architectures": [architecture], "num_channels": model.channels}
+  common |= {"label2id": labels, "id2label": {i: name for name, i in labels.items()}} if classes else {}
   if isinstance(model, RegNet):
     stages = model.stages()
     sizes = {"depths": [s.depth for s in stages], "hidden_sizes": [s.width for s in stages]}
-    groups = {"groups_width": stages[-1].group_width, "embedding_size": model.stem_width, "layer_type": "y"}
+    groups = {"groups_width": stages[-1].group_width, "embedding_size": model.stem_width}
+    groups["layer_type"] = "y" if model.se_ratio else "x"
     return common | sizes | groups | {"hidden_act": "relu"}
-  if not isinstance(model.image_size, int):
+  if not isinstance(model.image_size, int) and layout != "hf_vit":
     raise UserError(
-      f"config.model.image_size={model.image_size}: transformers' ViTs have square position tables alone."
+      f"config.model.image_size={model.image_size}: transformers' Dinov2 has square position tables alone."
     )
   size = model.size()
   swiglu = model.mlp == "swiglu"
@@ -53,15 +67,25 @@ def model_config(layout: str, model: ViT | RegNet, *, msn: bool = False) -> dict
   }
   if layout == "hf_vit":
     return common | sizes | shared | {"intermediate_size": size.mlp_dim}
-  ratio = 4 if swiglu else size.mlp_dim // size.width
+  ratio = _ratio(size.width, size.mlp_dim, swiglu=swiglu)
   dinov2 = {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu, "layerscale_value": model.layer_scale}
   registers = {"num_register_tokens": model.registers} if model.registers else {}
   return common | sizes | shared | dinov2 | registers
 
 
-def preprocessor_config(size: int, *, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def _ratio(width: int, mlp_dim: int, *, swiglu: bool) -> int:
+  """The `mlp_ratio` from which transformers' Dinov2 gets an MLP as wide as `mlp_dim`."""
+  for ratio in range(1, 4 * mlp_dim // width + 2):
+    if mlp_dim == ((2 * ratio * width // 3 + 7) // 8 * 8 if swiglu else ratio * width):
+      return ratio
+  raise UserError(f"config.model.mlp_dim={mlp_dim}: transformers' Dinov2 has multiples of the width {width} alone.")
+
+
+def preprocessor_config(
+  size: int | tuple[int, int], *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
   """The content of preprocessor_config.json: resize, center crop, and normalization, which is off where `mean` is ()."""
-  crop = {"height": size, "width": size}
+  crop = dict(zip(("height", "width"), sides(size), strict=True))
   normalization = {"image_mean": list(mean), "image_std": list(std)} if mean else {}
   return {
     **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": crop, "resample": 3},
@@ -71,7 +95,11 @@ def preprocessor_config(size: int, *, mean: tuple[float, ...], std: tuple[float,
 
 
 def given_beside(path: pathlib.Path) -> Fields:
-  """Fields of `config.model` that the config.json beside a file states: heads and LayerNorm's epsilon."""
+  """Fields of `config.model` that the config.json beside a file states and its shapes do not.
+
+  Raises:
+    UserError: not JSON, or an activation that the networks here do not have.
+  """
   file = path.parent / "config.json"
   if not file.is_file():
     return {}
@@ -82,4 +110,12 @@ def given_beside(path: pathlib.Path) -> Fields:
   if not isinstance(config, dict) or "model_type" not in config:
     return {}
   names = {"num_attention_heads": "heads", "layer_norm_eps": "layernorm_eps"}
-  return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+  fields = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+  size, activation = config.get("image_size"), config.get("hidden_act")
+  if isinstance(size, list) and len(set(size)) > 1:  # the shape of a position table does not tell a rectangle
+    fields["image_size"] = tuple(size)
+  if activation is None or config["model_type"] not in _ACTIVATIONS or config.get("use_swiglu_ffn"):
+    return fields
+  if activation not in (accepted := _ACTIVATIONS[config["model_type"]]):
+    raise UserError(f"{file}: hidden_act={activation!r}; the network here has one of {', '.join(accepted)}.")
+  return fields | ({"gelu": "tanh"} if activation in _TANH else {})

@@ -27,6 +27,17 @@ class _Names:
   classifier: str
 
 
+def _hugging_face(*, last: int) -> _Names:
+  """transformers': it counts the layers of a block through, squeeze-and-excitation with them; `last` is the number of the last."""
+  layers = (f"layer.{i}.{kind}" for i in (0, 1, last) for kind in ("convolution", "normalization"))
+  return _Names(
+    ("embedder.embedder.convolution", "embedder.embedder.normalization"),
+    "encoder.stages.{i-1}.layers.{j}",
+    (*layers, "layer.2.attention.0", "layer.2.attention.2", "shortcut.convolution", "shortcut.normalization"),
+    "classifier.1",
+  )
+
+
 _DIALECTS = {
   "vissl": _Names(
     ("conv1.stem.0", "conv1.stem.1"),
@@ -43,15 +54,8 @@ _DIALECTS = {
     ),
     "head.fc",
   ),
-  "hf": _Names(
-    ("embedder.embedder.convolution", "embedder.embedder.normalization"),
-    "encoder.stages.{i-1}.layers.{j}",
-    (
-      *(f"layer.{i}.{kind}" for i in (0, 1, 3) for kind in ("convolution", "normalization")),
-      *("layer.2.attention.0", "layer.2.attention.2", "shortcut.convolution", "shortcut.normalization"),
-    ),
-    "classifier.1",
-  ),
+  "hf": _hugging_face(last=3),
+  "hf_x": _hugging_face(last=2),
   "torchvision": _Names(
     ("stem.0", "stem.1"),
     "trunk_output.block{i}.block{i}-{j}",
@@ -65,6 +69,7 @@ def regnet_rules(
   *,
   dialect: Literal["vissl", "timm", "hf", "torchvision"] = "vissl",
   trunk: str = "",
+  se: bool = True,
   parts: Iterable[tuple[int, int, int]] = (),
 ) -> tuple[Rule | Keep, ...]:
   """Trunk and, where there is one, classifier <-> `models.regnet.RegNet` and `models.heads.Linear`.
@@ -72,9 +77,10 @@ def regnet_rules(
   Args:
     trunk: what stands in front of the names of the trunk: "_feature_blocks." in SEER's files, "regnet." in those of
       transformers.
+    se: whether there is squeeze-and-excitation; RegNetX has none, and transformers counts its layers through.
     parts: (stage, block, part) from `seer_parts`, for VISSL's files of 10 billion parameters.
   """
-  names = _DIALECTS[dialect]
+  names = _DIALECTS[dialect if se or dialect != "hf" else "hf_x"]
   stem, ours = tuple(f"{trunk}{name}" for name in names.stem), "backbone/layer{i}_{j}"
   blocks = _block(f"{trunk}{names.block}", ours, names.layers)
   if parts:

@@ -162,6 +162,8 @@ def read_torch(path: str | pathlib.Path) -> Any:
     raw = np.memmap(path, np.uint8, "r")
     if zipfile.is_zipfile(path):
       return _read_zip(path, raw)
+    if bytes(raw[:4]) == b"PK\x03\x04":
+      raise ValueError("it begins as a zip archive and is cut off")
     if bytes(raw[257:262]) == b"ustar":
       raise UserError(
         f"{path}: a tar container of torch before 0.2, which is not read; with torch, write it again by"
@@ -177,6 +179,7 @@ def read_torch(path: str | pathlib.Path) -> Any:
     IndexError,
     KeyError,
     struct.error,
+    zipfile.BadZipFile,
   ) as e:
     if isinstance(e, UserError):
       raise

@@ -28,6 +28,7 @@ PLACES = (
   *("classy_state_dict/base_model/model", "teacher", "target_encoder", "encoder", "student", "state_dict"),
   *("model_state_dict", "ema_params", "opt/target", "params", "model"),
 )
+_BESIDE = {"center": "dino_loss/center"}  # state of a method <-> its place in a file, [1, K] there
 CARD, KEPT = "model.json", "kept.safetensors"
 NO_NORMALIZATION = "none"  # in a card, for networks that read pixels in [0, 1]
 _EVALUATED = {"dino": "teacher", "msn": "teacher", "loca": "teacher"}  # what their `features` read
@@ -64,11 +65,13 @@ class Part:
     subtree: its place, "" for the whole file.
     tensors: without that place in front of their names.
     others: {place: number of tensors} of the rest of the file, which is not read.
+    state: {name: array} of the method's state that lies beside the networks: DINO's "center" [K].
   """
 
   subtree: str
   tensors: Tensors
   others: dict[str, int]
+  state: dict[str, np.ndarray]
 
   @property
   def hints(self) -> tuple[str, ...]:
@@ -87,10 +90,13 @@ def choose(file: File, subtree: str | None) -> Part:
       f"{file.path}: one shard of a VISSL checkpoint; join all of them with VISSL's"
       " extra_scripts/convert_sharded_checkpoint.py -i FILE -o NEW -t consolidated."
     )
+  if not names:
+    raise UserError(f"{file.path}: holds no tensors; of a model that was pickled whole, save the state_dict().")
   tops = {name.split("/")[0] for name in names if "/" in name}
   if subtree is None:
     subtree = next((place for place in PLACES if any(name.startswith(f"{place}/") for name in names)), "")
-  front = f"{subtree}/" if subtree else ""
+  joint = "" if not subtree else "/" if any(name.startswith(f"{subtree}/") for name in names) else "."
+  front = f"{subtree}{joint}"
   renames = {name: name.removeprefix(front) for name in names if name.startswith(front)}
   if not renames:
     raise UserError(
@@ -98,18 +104,29 @@ def choose(file: File, subtree: str | None) -> Part:
     )
   if subtree in ("target_encoder", "encoder") and "prototypes" in names:
     renames["prototypes"] = "prototypes"  # MSN's lie beside its encoders
+  beside = {ours: name for ours, name in _BESIDE.items() if subtree in ("teacher", "student") and name in names}
   others: dict[str, int] = {}
   for name in names:
-    if name not in renames:
+    if name not in renames and name not in beside.values():
       top = name.split("/")[0]
       others[top] = others.get(top, 0) + 1
-  return Part(subtree, file.tensors.renamed(renames), others)
+  state = {ours: np.asarray(file.tensors[name]).reshape(-1) for ours, name in beside.items()}
+  return Part(subtree, file.tensors.renamed(renames), others, state)
 
 
 def write_directory(
-  directory: str | pathlib.Path, weights: Weights, *, card: Mapping[str, Any], teacher: Weights | None = None
+  directory: str | pathlib.Path,
+  weights: Weights,
+  *,
+  card: Mapping[str, Any],
+  teacher: Weights | None = None,
+  state: Mapping[str, np.ndarray] | None = None,
 ) -> None:
   """A directory that `config.init_from.path` accepts: a checkpoint of step 0, what is kept, and the model card.
+
+  Args:
+    teacher: a second network, of the averaged weights.
+    state: of the method, beside the weights, by its name in `TrainState.extra`.
 
   Raises:
     UserError: it holds checkpoints already.
@@ -117,12 +134,12 @@ def write_directory(
   directory = pathlib.Path(directory)
   if (directory / "checkpoints").exists():
     raise UserError(f"--to={directory}: holds checkpoints already; give another directory.")
-  extra: dict[str, Any] = {"batch_stats": _float32(weights.batch_stats)}
+  extra: dict[str, Any] = {"batch_stats": _float32(weights.batch_stats)} | _float32(dict(state or {}))
   if teacher is not None:
     extra |= {"teacher": _float32(teacher.params), "teacher_batch_stats": _float32(teacher.batch_stats)}
-  state = TrainState(step=np.int32(0), params=_float32(weights.params), opt_state={}, extra=extra)
+  saved = TrainState(step=np.int32(0), params=_float32(weights.params), opt_state={}, extra=extra)
   checkpointer = Checkpointer(directory)
-  checkpointer.save(state, meta={"version": __version__, "imported": True})
+  checkpointer.save(saved, meta={"version": __version__, "imported": True})
   checkpointer.wait()
   checkpointer.close()
   if weights.kept:

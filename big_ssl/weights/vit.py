@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from big_ssl.weights.heads import classifier
-from big_ssl.weights.keymap import Keep, Rule, conv, fused_attention, linear, norm, split_attention, tensor
-from big_ssl.weights.moves import LINEAR, chain, rows
+from big_ssl.weights.keymap import QKV, Keep, Rule, conv, fused_attention, linear, norm, split_attention, tensor
+from big_ssl.weights.moves import LINEAR, chain, heads_bias, heads_kernel, out_kernel, rows
 
 MASK = "only the pretraining that masks patches reads it"
 
 
-def official(*, heads: int, registers: str = "register_tokens", timm_swiglu: bool = False) -> tuple[Rule | Keep, ...]:
+def official(
+  *, heads: int, registers: str = "register_tokens", timm_swiglu: bool = False, scale: str = "ls{}.gamma"
+) -> tuple[Rule | Keep, ...]:
   """The names of DINO, MSN, DINOv2 and timm, which differ in little; heads on top are rules of their own.
 
   Args:
     heads: attention heads, which no file says.
     registers: "register_tokens" (DINOv2) or "reg_token" (timm).
     timm_swiglu: fc1 and fc2 are the two layers of a SwiGLU, which DINOv2 calls w12 and w3.
+    scale: of LayerScale; "gamma_{}" in DeiT-III.
   """
   block, ours = "blocks.{i}", "backbone/block_{i}"
   swiglu = ("mlp.fc1", "mlp.fc2") if timm_swiglu else ("mlp.w12", "mlp.w3")
   return (
     *_tokens("cls_token", "pos_embed", registers),
     Keep("mask_token", MASK),
-    *conv("patch_embed.proj", "backbone/patch_embed/conv"),
+    *conv("patch_embed.proj", "backbone/patch_embed/conv", bias=None),
     *norm("norm", "backbone/norm/norm"),
     *norm("fc_norm", "backbone/fc_norm/norm"),
     *norm(f"{block}.norm1", f"{ours}/norm1/norm"),
@@ -31,8 +34,31 @@ def official(*, heads: int, registers: str = "register_tokens", timm_swiglu: boo
     *_swiglu(*(f"{block}.{name}" for name in swiglu), f"{ours}/mlp"),
     *linear(f"{block}.mlp.fc1", f"{ours}/mlp/fc1"),
     *linear(f"{block}.mlp.fc2", f"{ours}/mlp/fc2"),
-    *tensor(f"{block}.ls1.gamma", f"{ours}/ls1/scale"),
-    *tensor(f"{block}.ls2.gamma", f"{ours}/ls2/scale"),
+    *(rule for i in (1, 2) for rule in tensor(f"{block}.{scale.format(i)}", f"{ours}/ls{i}/scale")),
+  )
+
+
+def more_norms() -> tuple[Rule | Keep, ...]:
+  """Norms that only timm's ViTs have: of queries and keys, and before the blocks."""
+  theirs, ours = "blocks.{i}.attn", "backbone/block_{i}/attention"
+  pairs = ((f"{theirs}.q_norm", f"{ours}/query_norm"), (f"{theirs}.k_norm", f"{ours}/key_norm"))
+  return (*norm("norm_pre", "backbone/norm_pre/norm"), *(rule for a, b in pairs for rule in norm(a, f"{b}/norm")))
+
+
+def attention_pool(*, heads: int) -> tuple[Rule | Keep, ...]:
+  """timm's `AttentionPoolLatent` <-> `models.vit_blocks.MapHead`."""
+  head, pool = "backbone/map_head", "backbone/map_head/attention"
+  pair = lambda leaf: tuple(f"params/{pool}/{name}/{leaf}" for name in QKV[1:])
+  return (
+    *tensor("attn_pool.latent", f"{head}/probe"),
+    *tensor("attn_pool.q.weight", f"{pool}/query/kernel", heads_kernel(heads)),
+    *tensor("attn_pool.q.bias", f"{pool}/query/bias", heads_bias(heads)),
+    Rule("attn_pool.kv.weight", pair("kernel"), chain(rows(2), heads_kernel(heads))),
+    Rule("attn_pool.kv.bias", pair("bias"), chain(rows(2), heads_bias(heads))),
+    *tensor("attn_pool.proj.weight", f"{pool}/out/kernel", out_kernel(heads)),
+    *tensor("attn_pool.proj.bias", f"{pool}/out/bias"),
+    *norm("attn_pool.norm", f"{head}/norm/norm"),
+    *linear("attn_pool.mlp.fc{j}", f"{head}/mlp/fc{{j}}"),
   )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from big_ssl.weights.heads import classifier
-from big_ssl.weights.keymap import QKV, Keep, Rule, conv, linear, tensor
-from big_ssl.weights.moves import LINEAR, Arrays, Move, chain, heads_bias, heads_kernel, out_kernel, rows
+from big_ssl.weights.keymap import QKV, Keep, Rule, conv, linear, norm, tensor
+from big_ssl.weights.moves import LINEAR, Arrays, Move, heads_bias, heads_kernel, out_kernel
+from big_ssl.weights.vit import attention_pool
 
 
-def parallel(*, heads: int) -> tuple[Rule | Keep, ...]:
-  """All of the network and its classifier; RMS norms have no bias, LayerNorms do."""
+def parallel(*, heads: int, qkv_bias: bool = False) -> tuple[Rule | Keep, ...]:
+  """All of the network and its classifier; RMS norms have no bias, LayerNorms do.
+
+  Args:
+    heads: of all attention.
+    qkv_bias: whether the fused matrix has a bias, that of the MLP in it; else the MLP's is a tensor of its own.
+  """
   block, ours = "blocks.{i}", "backbone/block_{i}"
   norms = {
     f"{block}.in_norm": f"{ours}/norm",
@@ -18,40 +24,48 @@ def parallel(*, heads: int) -> tuple[Rule | Keep, ...]:
     f"{block}.k_norm": f"{ours}/attention/key_norm",
     "norm_pre": "backbone/norm_pre",
     "norm": "backbone/norm",
-    "attn_pool.norm": "backbone/map_head/norm",
+    "fc_norm": "backbone/fc_norm",
   }
-  pool = "backbone/map_head/attention"
-  pair = lambda leaf: tuple(f"params/{pool}/{name}/{leaf}" for name in QKV[1:])
+  fused = (f"{block}.in_proj.weight", f"{block}.in_proj.bias")
+  projections = (
+    (Rule(fused, _parts(ours, "kernel") + _parts(ours, "bias"), _fused(heads)),)
+    if qkv_bias
+    else (Rule(fused[0], _parts(ours, "kernel"), _fused_kernel(heads)), *tensor(f"{block}.mlp_bias", f"{ours}/mlp/fc1/bias"))
+  )
   return (
+    *tensor("cls_token", "backbone/cls_token"),
+    *tensor("reg_token", "backbone/registers"),
     *tensor("pos_embed", "backbone/pos_embed"),
-    *conv("patch_embed.proj", "backbone/patch_embed/conv"),
-    *(rule for theirs, path in norms.items() for rule in _norm(theirs, path)),
-    Rule(f"{block}.in_proj.weight", _parts(ours, "kernel"), _fused_kernel(heads)),
-    Rule(f"{block}.in_proj.bias", _parts(ours, "bias", mlp=False), chain(rows(3), heads_bias(heads))),
-    *tensor(f"{block}.mlp_bias", f"{ours}/mlp/fc1/bias"),
+    *conv("patch_embed.proj", "backbone/patch_embed/conv", bias=None),
+    *(rule for theirs, path in norms.items() for rule in norm(theirs, f"{path}/norm")),
+    *projections,
     *tensor(f"{block}.attn_out_proj.weight", f"{ours}/attention/out/kernel", out_kernel(heads)),
     *tensor(f"{block}.attn_out_proj.bias", f"{ours}/attention/out/bias"),
     *linear(f"{block}.mlp_out_proj", f"{ours}/mlp/fc2"),
     *tensor(f"{block}.ls.gamma", f"{ours}/ls/scale"),
-    *tensor("attn_pool.latent", "backbone/map_head/probe"),
-    *tensor("attn_pool.q.weight", f"{pool}/query/kernel", heads_kernel(heads)),
-    *tensor("attn_pool.q.bias", f"{pool}/query/bias", heads_bias(heads)),
-    Rule("attn_pool.kv.weight", pair("kernel"), chain(rows(2), heads_kernel(heads))),
-    Rule("attn_pool.kv.bias", pair("bias"), chain(rows(2), heads_bias(heads))),
-    *tensor("attn_pool.proj.weight", f"{pool}/out/kernel", out_kernel(heads)),
-    *tensor("attn_pool.proj.bias", f"{pool}/out/bias"),
-    *linear("attn_pool.mlp.fc{j}", "backbone/map_head/mlp/fc{j}"),
+    *attention_pool(heads=heads),
     *classifier("head"),
   )
 
 
-def _norm(theirs: str, ours: str) -> tuple[Rule, ...]:
-  return tensor(f"{theirs}.weight", f"{ours}/norm/scale") + tensor(f"{theirs}.bias", f"{ours}/norm/bias")
+def _parts(ours: str, leaf: str) -> tuple[str, ...]:
+  return (f"params/{ours}/mlp/fc1/{leaf}", *(f"params/{ours}/attention/{name}/{leaf}" for name in QKV))
 
 
-def _parts(ours: str, leaf: str, *, mlp: bool = True) -> tuple[str, ...]:
-  projections = tuple(f"params/{ours}/attention/{name}/{leaf}" for name in QKV)
-  return ((f"params/{ours}/mlp/fc1/{leaf}",) if mlp else ()) + projections
+def _fused(heads: int) -> Move:
+  """As `_fused_kernel`, and the bias [mlp_dim + 3 D] with it: [mlp_dim] and three [heads, d]."""
+  kernels, biases = _fused_kernel(heads), heads_bias(heads)
+
+  def load(arrays: Arrays) -> Arrays:
+    weight, bias = arrays
+    width = weight.shape[1]
+    mlp, attention = np.split(bias, [len(bias) - 3 * width])
+    return kernels.load((weight,)) + (mlp,) + biases.load(tuple(np.split(attention, 3)))
+
+  def dump(arrays: Arrays) -> Arrays:
+    return (*kernels.dump(arrays[:4]), np.concatenate((arrays[4], *biases.dump(arrays[5:]))))
+
+  return Move(load, dump)
 
 
 def _fused_kernel(heads: int) -> Move:

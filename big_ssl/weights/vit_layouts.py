@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from big_ssl.weights import bigvision, describe, heads, loca, vit
+from big_ssl.weights import bigvision, describe, heads, loca, vit, vit22b
 from big_ssl.weights.describe import Fields
 from big_ssl.weights.family import DDP, HF_NAMES, UNIT, WRAPPED, Layout, Rules, heads_of, prefixes
 from big_ssl.weights.keymap import Keep, tensor
 
-_TORCH_VIT = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+_TIMM_VIT = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+_TORCH_VIT = ("cls_token", *_TIMM_VIT)
 _HF_VIT = ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight")
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
@@ -33,8 +34,14 @@ def _dinov2_name(name: str) -> str:
 
 
 def _timm_vit(fields: Fields, names: Collection[str]) -> Rules:
-  swiglu = fields.get("mlp") == "swiglu"
-  return vit.official(heads=heads_of(fields), registers="reg_token", timm_swiglu=swiglu) + heads.classifier("head")
+  swiglu, count = fields.get("mlp") == "swiglu", heads_of(fields)
+  scale = "gamma_{}" if describe.matches(names, r"blocks\.\d+\.gamma_1") else "ls{}.gamma"
+  rules = vit.official(heads=count, registers="reg_token", timm_swiglu=swiglu, scale=scale)
+  return rules + vit.more_norms() + vit.attention_pool(heads=count) + heads.classifier("head")
+
+
+def _timm_parallel(fields: Fields, names: Collection[str]) -> Rules:
+  return vit22b.parallel(heads=heads_of(fields), qkv_bias=fields.get("qkv_bias", True))
 
 
 def _bigvision(fields: Fields, names: Collection[str]) -> Rules:
@@ -122,12 +129,23 @@ VIT_LAYOUTS: tuple[Layout, ...] = (
     title="timm ViT",
     format="timm",
     model="vit",
-    marks=_TORCH_VIT,
+    marks=_TIMM_VIT,
     lacks=("mask_token",),
     hints=("safetensors",),
     fields=_torch_vit(describe.TIMM),
     rules=_timm_vit,
     fixed={"pos_rule": "antialias"},
+    normalization=None,
+  ),
+  Layout(
+    name="timm_parallel_vit",
+    title="timm ViT of parallel blocks",
+    format="timm",
+    model="vit",
+    marks=("pos_embed", "patch_embed.proj.weight", "blocks.0.in_proj.weight"),
+    fields=_torch_vit(describe.TIMM_PARALLEL),
+    rules=_timm_parallel,
+    fixed={"pos_rule": "antialias", "block": "parallel"},
     normalization=None,
   ),
   Layout(
@@ -171,6 +189,7 @@ VIT_LAYOUTS: tuple[Layout, ...] = (
     format="bigvision",
     model="vit",
     marks=("embedding/kernel", "Transformer/encoder_norm/scale"),
+    shaped=lambda shapes: len(shapes["embedding/kernel"]) == 4,
     hints=("npz",),
     fields=_bigvision_fields,
     rules=_bigvision,

@@ -121,3 +121,9 @@ def test_all_processes_go_on_with_the_checkpoint_that_each_of_them_could_read(tw
   monkeypatch.setattr(checkpoint, "_outcome", lambda error: max(mine(error), others.pop(0)))
   assert step_of(two.restore(state(0), warn=said.append)) == 1 and others == []
   assert "checkpoint 2 is damaged (another process could not read it)" in said[0]
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused_before_anything_is_made(tmp_path):
+  with pytest.raises(UserError, match=r"a path with '\[' could not be read back"):
+    Checkpointer(tmp_path / "run[1]")
+  assert not list(tmp_path.iterdir())

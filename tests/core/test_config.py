@@ -1,5 +1,7 @@
 """Config errors name the path, the value, what is accepted and the nearest name."""
 
+import json
+
 import engine
 import jax
 import pytest
@@ -84,6 +86,21 @@ def test_an_unknown_recipe_and_an_unknown_file_name_the_nearest():
     config_lib.load(str(engine.ROOT / "configs" / "msn.py") + ":imagnet")
   with pytest.raises(UserError, match="Did you mean '.*msn.py'"):
     config_lib.load(str(engine.ROOT / "configs" / "mns.py"))
+
+
+def test_the_config_of_a_run_is_a_config(tmp_path):
+  config, tree = config_lib.load(str(engine.ROOT / "configs" / "msn.py"), {"total": "40steps", "method.focal_views": "3"})
+  file = tmp_path / "config.json"
+  file.write_text(json.dumps(tree, default=str))
+  assert config_lib.load(str(file), {})[0] == config
+  assert config_lib.load(str(file), {"total": "50steps"})[0].total == Interval(50, "steps")
+
+
+@pytest.mark.parametrize(("name", "text", "told"), [("config.json", "{", "not readable as JSON"), ("config.json", "[1]", "an object of keys"), ("msn.yaml", "a: 1", "a Python file, or")])
+def test_a_file_that_is_no_config_is_one_clear_line(tmp_path, name, text, told):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(UserError, match=told):
+    config_lib.load(str(tmp_path / name), {})
 
 
 def test_intervals_convert_to_steps():

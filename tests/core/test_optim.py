@@ -1,6 +1,7 @@
 """Optimizers, clipping and parameter rules against independent implementations and goldens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from big_ssl.core.config import OptimConfig
-from big_ssl.core.optim import Tensor, clip_gradients, make_optimizer, match_rules
+from big_ssl.core.optim import Tensor, clip_gradients, learning_rate, make_optimizer, match_rules
 from big_ssl.core.types import Interval, Rule, UserError
 
 RULES = (Rule(pattern=r"(bias|gamma)$", weight_decay=0.0, trust_ratio=False), Rule(pattern=r".*"))
@@ -77,6 +78,36 @@ def test_query_key_and_value_are_clipped_by_their_common_norm():
   jax.tree.map(np.testing.assert_array_equal, clipped["block_1"], grads["block_1"])
 
 
+@pytest.mark.parametrize("name", ["lars", "larc"])
+def test_query_key_and_value_have_the_trust_ratio_of_the_one_tensor_that_they_are_elsewhere(name):
+  rng = np.random.default_rng(0)
+  draw = lambda scale: {n: {"kernel": jnp.asarray(scale * k * rng.normal(size=(6, 2, 3)), jnp.float32)} for k, n in enumerate(("query", "key", "value"), 1)}
+  apart, grads = draw(1.0), draw(0.1)
+  fused = lambda tree: {"qkv": {"kernel": jnp.stack([tree[n]["kernel"] for n in ("query", "key", "value")])}}
+  config = OptimConfig(name=name, lr=0.3, schedule="constant", weight_decay=0.1, trust_coefficient=0.02)
+  found = [
+    opt.apply(params, g, opt.init(params), jnp.int32(0)).params
+    for params, g in (({"attention": t(apart)}, {"attention": t(grads)}) for t in (dict, fused))
+    for opt in [optimizer(config, params)]
+  ]
+  np.testing.assert_allclose(fused(found[0]["attention"])["qkv"]["kernel"], found[1]["attention"]["qkv"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "larc"])
+def test_a_clipped_trust_ratio_ends_at_the_scheduled_rate(name):
+  params, grads = make_params(), make_params(1)
+  same = lambda a, b: jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+  def step(**fields):
+    opt = optimizer(OptimConfig(schedule="constant", weight_decay=0.1, **fields), params, (Rule(pattern=".*"),))
+    return opt.apply(params, grads, opt.init(params), jnp.int32(0)).params
+
+  same(step(name=name, lr=0.3, trust_coefficient=1e3, trust_clip=True), step(name="sgd", lr=0.3))
+  # Below it, the ratio is the rate itself, whatever is scheduled.
+  same(step(name=name, lr=0.3, trust_coefficient=1e-2, trust_clip=True), step(name=name, lr=1.0, trust_coefficient=1e-2))
+  same(step(name=name, lr=0.0, trust_clip=True), params)
+
+
 def test_global_clipping_leaves_excluded_tensors_alone():
   grads = {"kernel": jnp.full((4,), 3.0), "prototypes": jnp.full((4,), 100.0)}
   tensors = match_rules(grads, (Rule(pattern="prototypes", clip=False), Rule(pattern=".*")), batch_size=1, examples=1)
@@ -108,6 +139,15 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it():
 def test_warmup_longer_than_training_is_an_error():
   with pytest.raises(UserError, match="config.optim.warmup"):
     optimizer(OptimConfig(warmup=Interval(50, "steps")), make_params(), total=10)
+
+
+def test_a_warmup_that_includes_both_ends_may_be_the_whole_run_but_no_longer():
+  config = OptimConfig(lr=2.0, start_lr=0.5, warmup=Interval(4, "steps"), warmup_inclusive=True)
+  curve = learning_rate(config, total_steps=4, batch_size=8, examples=80)
+  np.testing.assert_allclose([curve(jnp.int32(i)) for i in range(4)], np.linspace(0.5, 2.0, 4), rtol=1e-6)
+  for wrong, total in ((config, 3), (dataclasses.replace(config, warmup_inclusive=False), 4)):
+    with pytest.raises(UserError, match="config.optim.warmup=4steps: 4 steps, but the schedule ends after"):
+      learning_rate(wrong, total_steps=total, batch_size=8, examples=80)
 
 
 @pytest.mark.parametrize("field,value", [("lr", 2e-3), ("b1", 0.5), ("b2", 0.9), ("eps", 1e-2), ("weight_decay", 0.3), ("clip", 0.1)])

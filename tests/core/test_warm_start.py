@@ -54,6 +54,23 @@ def test_the_teacher_becomes_the_student_where_asked_and_a_new_teacher_starts_as
     warm_start(new, alone, config=InitFrom(path="e", tree="teacher"), adapt=never)
 
 
+def test_the_center_and_a_queue_come_along_with_the_heads_they_are_of():
+  queue = {"queue": np.full((4, 3), 5.0), "queue_pointer": np.int32(2)}
+  earlier = saved(state({"encoder": tree(1)}, center=np.full(4, 9.0), bank=np.ones(2), **queue))
+  zeros = {"center": np.zeros(4), "bank": np.zeros(2), "queue": np.zeros((4, 3)), "queue_pointer": np.int32(0)}
+  start_ = lambda *, head=3, skip="", **extra: warm_start(
+    state({"encoder": tree(0, head=head)}, **(zeros | extra)), earlier, config=InitFrom(path="e", skip=skip), adapt=never
+  )
+  found = start_()
+  assert found.beside == ("center", "queue", "queue_pointer")
+  assert np.all(found.state.extra["center"] == 9) and np.all(found.state.extra["queue"] == 5)
+  assert found.state.extra["queue_pointer"] == 2 and not np.any(found.state.extra["bank"])  # a bank is of other images
+  longer = start_(queue=np.zeros((8, 3)))
+  assert longer.beside == ("center",) and longer.state.extra["queue_pointer"] == 0
+  assert start_(center=np.zeros(5)).beside == ("queue", "queue_pointer") and start_(skip="center|queue").beside == ()
+  assert start_(head=5).beside == start_(skip="head/").beside == ()
+
+
 def test_modules_are_found_wherever_a_method_keeps_them():
   """PAWS nests its statistics by module, LOCA its teacher."""
   new = state({"encoder": tree(0)}, teacher={"encoder": tree(0)}, batch_stats={"encoder": {"backbone": {"m": np.zeros(2)}}})

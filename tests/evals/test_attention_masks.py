@@ -96,11 +96,13 @@ def test_what_patches_do_not_divide_is_cut_off(planted):
     AttentionMasks(size=3)(extract)
 
 
-def test_a_covered_void_counts_against_a_head(planted):
+@pytest.mark.parametrize("ignore", [255, 11])
+def test_a_covered_void_counts_against_a_head(planted, ignore):
   source = objects()
-  source.extras["mask"][:, :8, :2] = np.where(source.extras["mask"][:, :8, :2] == 1, 255, 0)
-  m = AttentionMasks(size=16, keep=0.99)(Extract(source)).metrics
-  assert m["jaccard_head_0"] == pytest.approx(25) and m["jaccard_head_1"] == 50
+  source.extras["mask"][:, :8, :2] = np.where(source.extras["mask"][:, :8, :2] == 1, ignore, 0)
+  report = AttentionMasks(size=16, keep=0.99, ignore=ignore)(Extract(source))
+  assert report.metrics["jaccard_head_0"] == pytest.approx(25) and report.metrics["jaccard_head_1"] == 50
+  assert f"labels other than 0 and {ignore}" in report.protocol
 
 
 def test_an_image_that_cannot_be_read_is_left_out(planted):

@@ -9,7 +9,9 @@ import pytest
 from jax.sharding import AxisType
 
 from big_ssl.core.config import build_named
+from big_ssl.core.method import View
 from big_ssl.core.types import Interval, UserError
+from big_ssl.evals import base
 from big_ssl.evals.base import Evaluator, Features
 from big_ssl.evals.knn import Knn
 from big_ssl.evals.linear import LinearProbe
@@ -151,6 +153,12 @@ def test_linear_probe_takes_the_penalty_that_holds_for_unseen_images():
   assert report.metrics["top1"] == strong and "lambda=100 of" in report.protocol
 
 
+def test_linear_probe_says_where_the_penalty_is_the_largest_or_smallest_that_was_tried():
+  protocol = lambda *l2: LinearProbe(l2=l2)(planted).protocol  # all are exact, and the first of them is taken
+  assert "(at the edge of these)" in protocol(1.0, 10.0, 100.0) and "(at the edge of these)" in protocol(100.0, 10.0, 1.0)
+  assert "edge" not in protocol(10.0, 1.0, 100.0) and "edge" not in protocol(1.0)
+
+
 def test_linear_probe_counts_a_class_without_a_training_image_as_wrong_and_names_it():
   def without_class_2(split, **kwargs):
     f = planted(split, **kwargs)
@@ -201,3 +209,22 @@ def test_evaluators_are_found_by_name_and_built_from_a_config():
   assert build_named(
     "evals", {"name": "lowshot", "images_per_class": 2}, Evaluator, path="config.evals.lowshot"
   ) == LowShot(images_per_class=2)
+
+
+@pytest.mark.parametrize("evaluator", [Knn, LinearProbe])
+def test_the_protocol_tells_what_raw_pixels_are_where_these_are_scored(evaluator):
+  words = "raw_pixels: those of the view, standardized by the training images"
+  assert evaluator(baselines=True)(planted).protocol.endswith(words)
+  assert "raw_pixels" not in evaluator()(planted).protocol
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"size": 32, "crop": "center"}, "largest center crop, 32x32, bicubic"),
+    ({"size": (224, 320), "crop": "center", "center_fraction": 0.875}, "center of images resized to 256 on the shorter side, 224x320, bicubic"),
+    ({"size": 16, "crop": "none", "antialias": False}, "whole images, squashed, 16x16, bicubic without antialiasing"),
+  ],
+)
+def test_a_protocol_tells_what_of_an_image_is_seen(fields, words):
+  assert base.seen(View(name="image", interpolation="bicubic", **fields)) == words

@@ -48,7 +48,7 @@ def test_each_score_is_that_of_the_same_parameters_in_a_model_of_that_patch_size
   features = lambda size: extract("eval", output=PooledAt(size)).features
   np.testing.assert_allclose(features(4), of_model(TINY, "eval", extract).features, rtol=1e-5, atol=1e-6)
   assert np.abs(features(4) - features(8)).max() > 0.01
-  assert "'pooled at patches of 4, 2, 8'" in found.protocol
+  assert "output 'pooled' of the backbone at patches of 4, 2, 8 (8 dimensions" in found.protocol
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,9 @@ def test_a_backbone_without_patches_is_refused():
   extract.trunk = Trunk(AlexNet(), {})
   with pytest.raises(UserError, match="config.evals.patch_sizes: AlexNet has one patch size"):
     PatchSizes(sizes=(4,))(extract)
+
+
+@pytest.mark.parametrize(("field", "value"), [("k", 0), ("k", 25), ("temperature", 0.0), ("max_bank", -1)])
+def test_settings_of_the_neighbors_are_refused_under_their_own_path(field, value):
+  with pytest.raises(UserError, match=rf"^config\.evals\.patch_sizes\.{field}={value}:"):
+    PatchSizes(sizes=(4,), **{field: value})(Extract())

@@ -147,6 +147,7 @@ def test_the_learning_rate_is_chosen_on_training_images():
   fake.train.count = 20
   report = Segmentation(**QUICK | {"lrs": (1e-7, 0.03)})(fake)
   assert report.metrics["miou"] == 100 and "lr 0.03 of (1e-07, 0.03) by a tenth" in report.protocol, report
+  assert "(at the edge of these)" in report.protocol
 
 
 def test_images_that_do_not_fit_into_the_memory_are_left_out_and_told():
@@ -219,6 +220,12 @@ def test_unfit_masks_and_images_are_clear_errors():
 def test_impossible_options_are_clear_errors(field, value):
   with pytest.raises(UserError, match=f"config.evals.segmentation.{field}="):
     Segmentation(**{field: value})
+
+
+def test_windows_between_which_pixels_would_be_left_out_are_refused():
+  assert Segmentation(window=8, stride=8).stride == 8
+  with pytest.raises(UserError, match=r"config.evals.segmentation.stride=9: expected at most config.evals.segmentation.window=8"):
+    Segmentation(window=8, stride=9)
 
 
 def test_images_are_resized_as_the_mean_of_what_is_under_a_pixel():

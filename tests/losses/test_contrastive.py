@@ -31,8 +31,12 @@ def test_accuracy_counts_anchors_whose_positive_is_nearest():
   s = z @ z.T - 10 * np.eye(16)
   hits = s.argmax(1) == GOLDEN["positive_index"]
   assert float(out.accuracy) == pytest.approx(hits.mean())
-  # The reference looks for the positive of view-1 anchors among view 2 only; on these numbers both shares are 1/8.
-  assert float(out.accuracy) == float(GOLDEN["contrastive_accuracy"])
+  # The reference looks for the positive of view-1 anchors among view 2 only; on the golden's numbers both shares are 1/8.
+  assert float(out.cross_accuracy) == float(GOLDEN["contrastive_accuracy"])
+  z = np.random.default_rng(1).normal(size=(24, 3))
+  out, z = nt_xent(jnp.asarray(z, jnp.float32), temperature=T), z / np.linalg.norm(z, axis=1, keepdims=True)
+  cross = (z[:12] @ z[12:].T).argmax(1) == np.arange(12)
+  assert float(out.cross_accuracy) == pytest.approx(cross.mean()) and out.cross_accuracy != out.accuracy
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])

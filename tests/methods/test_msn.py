@@ -156,6 +156,23 @@ def test_one_mask_serves_the_batch_or_each_image_has_its_own(tiny):
   assert method.replace(patch_drop=0.0).keep_patches(jax.random.key(1), images) is None
 
 
+@pytest.mark.parametrize("pack", [0, 4])
+def test_anchors_of_one_size_are_one_batch_of_the_norms(tiny, pack):
+  """Then it does not matter which of an image's anchors is called focal; with two batches it does."""
+  method, params, extra, batch = tiny
+  same = method.replace(patch_drop=0.0, rand_size=16, focal_views=1, pack_crops=pack)
+  views = {k: v[:, :1, :16, :16] for k, v in batch.items()}
+  first = (jnp.arange(4) == 0).reshape(4, 1, 1, 1, 1)
+  rand, focal = views["rand"], views["focal"]
+  swapped = views | {"rand": jnp.where(first, focal, rand), "focal": jnp.where(first, rand, focal)}
+  step = jax.jit(lambda m, b: m.loss(params, extra, b, jax.random.key(0), jnp.int32(0)), static_argnums=0)
+  (a, (stats, _)), (b, (other, _)) = step(same, views), step(same, swapped)
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), stats["batch_stats"], other["batch_stats"])
+  apart = same.replace(patch_drop=0.5)  # a random view with fewer tokens cannot share a batch
+  assert not apart.one_batch and not method.one_batch
+
+
 def test_prototypes_learn_through_anchors_only(tiny):
   method, params, extra, batch = tiny
 

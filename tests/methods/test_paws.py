@@ -17,7 +17,9 @@ from big_ssl.core.config import OptimConfig
 from big_ssl.core.health import HealthConfig, judge
 from big_ssl.core.optim import learning_rate, make_optimizer
 from big_ssl.core.types import Interval, Rule, TrainState, UserError
-from big_ssl.methods.paws import PAWS, paws_rules
+from big_ssl.losses.semi import label_matrix, paws_loss
+from big_ssl.methods.paws import PAWS, embed, paws_rules
+from big_ssl.models.encoder import crop_major
 from big_ssl.models.resnet import ResNet
 from big_ssl.models.wide_resnet import WideResNet
 from big_ssl.weights.families import dump, load
@@ -266,6 +268,20 @@ def test_each_resolution_is_a_batch_of_its_own_in_every_norm(tiny):
   alone = method.replace(small_views=0)
   metrics = [loss_of(alone, params, extra, batch | {"unlabeled": u})[1][1] for u in (batch["unlabeled"], shifted)]
   np.testing.assert_array_equal(metrics[0]["std"], metrics[1]["std"])
+
+
+def test_small_views_of_the_size_of_the_big_ones_share_their_batch_in_every_norm(tiny):
+  method, params, extra, batch = tiny
+  same = method.replace(small_size=16)
+  unlabeled, support = batch["unlabeled"] | {"small": 2.0 * batch["unlabeled"]["big"] + 1.0}, batch["support"]
+  loss, (after, _) = loss_of(same, params, extra, {"unlabeled": unlabeled, "support": support})
+  images = jnp.concatenate([crop_major(v) for v in (support["big"], unlabeled["big"], unlabeled["small"])])
+  out, stats = embed(same, params, extra["batch_stats"], images, train=True)
+  z, h = out["prediction"], out["projection"]
+  labels = label_matrix(support["label"], columns=jnp.unique(support["label"]), smoothing=same.label_smoothing)
+  wanted = paws_loss(z[6:], z[:6], h[6:14], h[:6], labels=labels, temperature=same.temperature, sharpen=same.sharpen).total
+  np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), after["batch_stats"], stats)
 
 
 def test_without_a_prediction_head_z_is_h_and_with_one_it_is_not(tiny):

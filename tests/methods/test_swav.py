@@ -113,18 +113,19 @@ def test_larc_adapts_every_tensor_as_the_official_optimizer(golden):
       np.testing.assert_allclose(opt_state["momentum"][name], value, rtol=1e-5, atol=1e-7, err_msg=f"{step} {name}")
 
 
-def test_larc_leaves_zero_tensors_and_zero_gradients_raw(golden):
+@pytest.mark.parametrize(("tag", "fields"), [("noclip", {"trust_coefficient": 0.001}), ("clip", {"trust_coefficient": 0.02, "trust_clip": True})])
+def test_larc_leaves_zero_tensors_and_zero_gradients_raw_with_and_without_its_clip(golden, tag, fields):
   """SEER's runs of the same rule: parameter 3 starts at zero, the first gradient of parameter 1 is zero."""
   z = golden("seer_larc")
-  config = OptimConfig(name="larc", schedule="constant", lr=0.3, momentum=0.9, weight_decay=1e-5, trust_coefficient=0.001)
-  params = {f"{i}": jnp.asarray(z[f"param_{i}_noclip"][0]) for i in range(4)}
+  config = OptimConfig(name="larc", schedule="constant", lr=0.3, momentum=0.9, weight_decay=1e-5, **fields)
+  params = {f"{i}": jnp.asarray(z[f"param_{i}_{tag}"][0]) for i in range(4)}
   optimizer = make_optimizer(config, params=params, rules=SwAV().param_rules(), total_steps=3, batch_size=1, examples=1)
   opt_state = optimizer.init(params)
   for step in range(3):
     updated = optimizer.apply(params, {k: jnp.asarray(z[f"grad_{k}_step{step}"]) for k in params}, opt_state, jnp.int32(step))
     params, opt_state = updated.params, updated.opt_state
     for k, value in params.items():
-      np.testing.assert_allclose(value, z[f"param_{k}_noclip"][step + 1], rtol=1e-5, atol=1e-6, err_msg=f"{step} {k}")
+      np.testing.assert_allclose(value, z[f"param_{k}_{tag}"][step + 1], rtol=1e-5, atol=1e-6, err_msg=f"{step} {k}")
 
 
 def test_the_learning_rate_is_the_official_schedule(golden):

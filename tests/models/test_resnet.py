@@ -168,3 +168,19 @@ def test_the_cifar_stem_keeps_the_resolution():
   model = ResNet(depth=18, stem="cifar", stem_width=8)
   out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)), train=False)[0])
   assert out["stages"][0].shape == (2, 32, 32, 8) and out["pooled"].shape == (2, 64)
+
+
+def test_grouped_convolutions_are_those_of_a_dense_network_whose_kernels_are_blocks():
+  small = dict(depth=50, blocks=(1,), strides=(), stem_width=8, stem="cifar")
+  grouped, dense = ResNet(groups=2, **small), ResNet(width_per_group=128, **small)
+  images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  variables = grouped.init(jax.random.key(1), images, train=False)
+  kernel = np.asarray(variables["params"]["layer1_0"]["conv2"]["kernel"])  # [3, 3, 8, 16]
+  full = np.zeros((3, 3, 16, 16), np.float32)
+  full[:, :, :8, :8], full[:, :, 8:, 8:] = kernel[..., :8], kernel[..., 8:]
+  same = copy.deepcopy(jax.tree.map(np.asarray, variables))
+  same["params"]["layer1_0"]["conv2"]["kernel"] = full
+  out, wanted = grouped.apply(variables, images, train=False), dense.apply(same, images, train=False)
+  np.testing.assert_allclose(out["tokens"], wanted["tokens"], atol=1e-5)
+  with pytest.raises(UserError, match="config.model.groups=2.*bottlenecks"):
+    ResNet(depth=18, groups=2).init(jax.random.key(0), images, train=False)

@@ -295,3 +295,17 @@ def test_published_parameter_count_of_the_largest_dinov2():
   model = ViT(variant="giant2", patch=14, image_size=518, mlp="swiglu", layer_scale=1e-5)
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 518, 518, 3)), train=False))
   assert round(sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) / 1e6, 1) == 1136.5
+
+
+def test_without_a_bias_the_patch_embedding_is_that_of_a_zero_bias():
+  sizes = dict(variant="custom", width=12, depth=1, heads=2, mlp_dim=12, patch=4, image_size=8)
+  images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+  params = ViT(**sizes).init(jax.random.key(1), images, train=False)["params"]
+  conv = params["patch_embed"]["conv"]
+  zero, none = ({"kernel": conv["kernel"], "bias": 0 * conv["bias"]}, {"kernel": conv["kernel"]})
+  with_bias, without = (
+    ViT(**sizes, patch_bias=kept).apply({"params": params | {"patch_embed": {"conv": leaves}}}, images, train=False)["tokens"]
+    for kept, leaves in ((True, zero), (False, none))
+  )
+  np.testing.assert_array_equal(with_bias, without)
+  assert np.any(with_bias != ViT(**sizes).apply({"params": params}, images, train=False)["tokens"])

@@ -91,3 +91,12 @@ def test_folds_of_the_used_rows_are_those_of_the_rows_alone():
   found = svm.stratified_folds(present, folds=3, used=used)
   assert np.all(found[~used] == -1)
   np.testing.assert_array_equal(found[used], svm.stratified_folds(present[used[:, 0]], folds=3)[:, 0])
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-14, 1e-8])
+def test_features_next_to_zero_of_kinds_that_weigh_the_same_have_a_minimum_too(size):
+  x = svm.normalize((size * np.random.default_rng(0).normal(size=(30, 6))).astype(np.float32))
+  present = np.arange(30)[:, None] % 3 == np.arange(3)  # a third, which weighs twice
+  found = svm.fit(x, present=present, cost=svm.costs(present, c=10.0))
+  np.testing.assert_allclose(found.objective, 400.0, rtol=1e-3)  # hardly below the hinge of 1 of every row
+  assert np.abs(found.intercepts).max() < 0.01

@@ -13,10 +13,11 @@ from big_ssl import setup, start
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.config import InitFrom
 from big_ssl.core.types import TrainState, UserError
-from big_ssl.weights import transfer
+from big_ssl.weights import export, hugging_face, transfer
 from big_ssl.weights.__main__ import main
 from big_ssl.weights.containers import read_file, write_npz, write_safetensors
 from big_ssl.weights.families import dump
+from big_ssl.weights.family import convert
 from big_ssl.weights.keymap import Weights
 
 
@@ -74,6 +75,85 @@ def test_a_stablehlo_program_gives_the_features_of_the_model_for_any_batch(vit_f
   np.testing.assert_allclose(program.call(images), wanted, atol=1e-5)
   assert program.call(images[:1]).shape == (1, wanted.shape[1])
   assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+
+
+BESIDE = {"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-5, "image_size": [16, 32], "hidden_act": "gelu_new"}
+
+
+def test_what_transformers_states_in_config_json_is_read_and_what_is_not_here_is_refused(tmp_path):
+  read = lambda **changes: (
+    (tmp_path / "config.json").write_text(json.dumps(BESIDE | changes)) and hugging_face.given_beside(tmp_path / "x.safetensors")
+  )
+  assert read() == {"heads": 3, "layernorm_eps": 1e-5, "image_size": (16, 32), "gelu": "tanh"}
+  assert "gelu" not in read(hidden_act="gelu") and "image_size" not in read(image_size=32)
+  assert "gelu" not in read(hidden_act="relu", use_swiglu_ffn=True)  # which does not use it
+  for wrong in ({"hidden_act": "relu"}, {"model_type": "regnet", "hidden_act": "gelu"}):
+    with pytest.raises(UserError, match=f"config.json: hidden_act='{wrong['hidden_act']}'; the network here has one of"):
+      read(**wrong)
+
+
+def test_config_json_of_an_export_makes_the_network_that_was_exported():
+  sizes = dict(variant="custom", width=48, depth=1, heads=3, patch=8, image_size=32)
+  make = lambda layout, classes=0, **fields: hugging_face.model_config(layout, transfer.backbone({**fields}), classes=classes)
+  vit = make("hf_vit", 7, name="vit", mlp_dim=100, qkv_bias=False, gelu="tanh", **sizes)
+  assert vit["architectures"] == ["ViTForImageClassification"] and len(vit["id2label"]) == len(vit["label2id"]) == 7
+  assert vit["qkv_bias"] is False and vit["hidden_act"] == "gelu_pytorch_tanh" and vit["intermediate_size"] == 100
+  dinov2 = lambda mlp_dim, mlp: make("hf_dinov2", name="vit", mlp_dim=mlp_dim, mlp=mlp, layer_scale=1.0, **sizes)["mlp_ratio"]
+  assert (dinov2(96, "gelu"), dinov2(128, "swiglu"), dinov2(96, "swiglu"), dinov2(64, "swiglu")) == (2, 4, 3, 2)
+  with pytest.raises(UserError, match="mlp_dim=100.*multiples of the width 48"):
+    dinov2(100, "gelu")
+  assert make("hf_regnet", name="regnet", variant="400mf", se_ratio=0.0)["layer_type"] == "x"
+
+
+SMALL_VIT = dict(name="vit", variant="custom", width=24, depth=1, heads=3, mlp_dim=48, patch=8, image_size=16)
+
+
+def exported(form, **fields):
+  """The export of a fresh ViT, and the ViT with its parameters."""
+  fields = SMALL_VIT | fields
+  model = transfer.backbone(fields)
+  images = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
+  params = jax.tree.map(np.asarray, model.init(jax.random.key(0), images, train=False)["params"])
+  saved = transfer.Saved(Weights({"backbone": params}, {}), {"model": fields}, "student")
+  return export.prepare(saved, form=form), lambda: np.asarray(model.apply({"params": params}, images, train=False)["tokens"])
+
+
+@pytest.mark.parametrize(
+  "form,fields,layout",
+  [
+    ("official", dict(layer_scale=0.1), "dinov2"),
+    ("hf", dict(mlp="swiglu"), "hf_dinov2"),
+    ("timm", dict(name="vit22b", dtype="float32"), "timm_parallel_vit"),
+    ("timm", dict(name="flexivit", kernel_patch=4, pos_grid=2), "timm_vit"),
+    ("bigvision", dict(pos_table="sincos2d"), "bigvision"),
+  ],
+)
+def test_an_export_has_the_layout_whose_code_runs_the_network(form, fields, layout):
+  found = exported(form, **fields)[0]
+  assert found.layout.name == layout and found.model["name"] == "vit"
+
+
+@pytest.mark.parametrize(
+  "form,fields,named",
+  [
+    ("hf", dict(class_token=False), "class_token=False"),
+    ("hf", dict(norm="rmsnorm"), "norm='rmsnorm'"),
+    ("official", dict(patch_bias=False), "patch_bias=False"),
+    ("bigvision", dict(qkv_bias=False), "qkv_bias=False"),
+  ],
+)
+def test_an_export_that_would_load_and_give_other_numbers_is_refused(form, fields, named):
+  with pytest.raises(UserError, match=f"--format={form}: the code of a .* does not have config.model.{named}"):
+    exported(form, **fields)
+
+
+@pytest.mark.parametrize("form,table", [("timm", "sincos"), ("hf", "sincos_scrambled"), ("official", "sincos2d")])
+def test_fixed_positions_are_in_an_export_as_a_table(form, table):
+  found, tokens = exported(form, pos_table=table)
+  again = convert(found.tensors, layout=found.layout, given={"heads": 3}, expected=transfer.expected)
+  images = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
+  learned = transfer.backbone(again.model).apply({"params": again.weights.params["backbone"]}, images, train=False)["tokens"]
+  np.testing.assert_allclose(learned, tokens(), atol=1e-5)
 
 
 def test_half_precision_and_counters_come_back_as_they_were(tmp_path, golden):
@@ -186,6 +266,27 @@ def test_the_channels_of_any_backbone_are_read_off_its_tensors(fields):
   assert transfer.image_channels(fields, found) == {"channels": 5}
 
 
+def test_what_lies_below_a_prefix_is_found_and_read(vit_file, tmp_path, capsys):
+  inside = {f"net/model.visual.{k}": v for k, v in read_file(vit_file).tensors.items() if not k.startswith("head.")}
+  write_npz(tmp_path / "deep.npz", inside)
+  argv = ("import", tmp_path / "deep.npz", f"--to={tmp_path / 'd'}", HEADS)
+  assert "below 'net/model.visual' lies a DINO ViT: --subtree=net/model.visual." in error(capsys, *argv)
+  assert "below 'model.visual' lies a DINO ViT: --subtree=net/model.visual." in error(capsys, *argv, "--subtree=net")
+  run(*argv, "--subtree=net/model.visual")
+
+
+def test_damage_within_a_file_is_one_line_with_its_name(vit_file, tmp_path, capsys):
+  write_npz(tmp_path / "bad.npz", dict(read_file(vit_file).tensors))
+  raw = bytearray((tmp_path / "bad.npz").read_bytes())
+  at = raw.index(b"blocks.0.mlp.fc1.weight.npy") + 400
+  raw[at] ^= 255
+  (tmp_path / "bad.npz").write_bytes(raw)
+  found = error(capsys, "import", tmp_path / "bad.npz", f"--to={tmp_path / 'd'}", HEADS)
+  assert "bad.npz: 'blocks.0.mlp.fc1.weight' is damaged" in found
+  (tmp_path / "cut.pth").write_bytes(raw[: len(raw) // 2])
+  assert "cut.pth: damaged" in (found := error(capsys, "show", tmp_path / "cut.pth")) and "a zip archive and is cut off" in found
+
+
 def test_show_says_what_is_there_and_what_would_be_read(vit_file, capsys):
   run("show", vit_file, HEADS)
   out = capsys.readouterr().out
@@ -242,6 +343,28 @@ def test_a_partial_import_has_to_be_asked_for_and_lists_what_it_left(vit_file, t
   out = capsys.readouterr().out
   assert "left: missing 1: blocks.1.mlp.fc2.bias" in out and "left: unexpected 1: neck.weight" in out
   assert json.loads((tmp_path / "d" / "model.json").read_text())["left"]
+
+
+def test_the_center_of_a_full_checkpoint_of_dino_comes_in_with_its_head_and_goes_on(vit_file, tmp_path, capsys):
+  run("import", vit_file, f"--to={tmp_path / 'trunk'}", HEADS, "--layout=dino")
+  card = json.loads((tmp_path / "trunk" / "model.json").read_text())
+  given = {f"model.{k}": v for k, v in card["model"].items()}
+  sizes = {"method.num_prototypes": 12, "method.hidden_dim": 8, "method.bottleneck_dim": 4, "method.head_layers": 2}
+  options = given | sizes | {"init_from.path": str(tmp_path / "d")}
+  new = setup.make_run(engine.small("dino", **options), devices=jax.devices()[:1])
+  fresh, center = new.initial_state(), np.arange(12, dtype=np.float32)
+  head = dump("dino", Weights({"head": fresh.extra["teacher"]["head"]}, {}))
+  both = {f"backbone.{k}": v for k, v in read_file(vit_file).tensors.items() if not k.startswith("head.")} | head
+  full = {f"{tree}/{k}": v for tree in ("teacher", "student") for k, v in both.items()}
+  write_npz(tmp_path / "full.npz", full | {"dino_loss/center": center[None]})
+  run("show", tmp_path / "full.npz", HEADS, "--layout=dino")
+  assert "for the pretraining to go on: center [12]" in capsys.readouterr().out
+  run("import", tmp_path / "full.npz", f"--to={tmp_path / 'd'}", HEADS, "--layout=dino")
+  assert "with the state of its pretraining: center" in capsys.readouterr().out
+  notes = engine.Notes()
+  after = start.start_from(new.config.init_from, fresh, notes, model=new.method.model)
+  np.testing.assert_array_equal(after.extra["center"], center)
+  assert "as initialized: none; with its center" in notes.lines[-1]
 
 
 def test_student_and_teacher_of_a_file_can_come_together(vit_file, tmp_path):

@@ -81,6 +81,9 @@ def test_a_missing_and_an_extra_tensor_are_named(golden, file):
     convert(broken, layout=detect(broken, LAYOUTS), expected=transfer.expected)
 
 
+ONLY_ONE = ("timm_parallel_vit", "vit_pytorch_navit", "timm_naflex", "bigvision_naflex")  # no other fits
+
+
 @pytest.mark.parametrize(
   "name,layout,given",
   [
@@ -99,14 +102,94 @@ def test_a_missing_and_an_extra_tensor_are_named(golden, file):
     ("vit_dinov2_official_swiglu", "dinov2", {"heads": 2}),
     ("vit_timm_reg_gap_forward", "timm_vit", {"heads": 4}),
     ("vit_hf_vit_forward", "hf_vit", {"heads": 2}),
+    ("vit22b_parallel_forward", "timm_parallel_vit", {}),
+    ("navit_packing", "vit_pytorch_navit", {}),
+    ("navit_factorised_timm", "timm_naflex", {"heads": 4}),
+    ("navit_naflex_bigvision", "bigvision_naflex", {}),
   ],
 )
 def test_import_and_export_are_the_identity(golden, name, layout, given):
   state = {k.removeprefix("state/"): v for k, v in golden(name).items() if k.startswith("state/")}
   imported = convert(state, layout=by_name(layout, LAYOUTS), given=given, expected=transfer.expected)
+  assert layout not in ONLY_ONE or detect(state, LAYOUTS).name == layout
   again = imported.tensors()
   assert again.keys() == state.keys()
   assert all(np.array_equal(again[k], state[k]) and again[k].dtype == state[k].dtype for k in state)
+
+
+VIT = dict(name="vit", variant="custom", width=24, depth=2, heads=3, mlp_dim=40, patch=4, image_size=8)
+PARALLEL = VIT | dict(block="parallel")
+RESNET = dict(name="resnet", depth=50, blocks=(1, 1), stem_width=8, strides=(2,), width_per_group=128)
+REGNET = dict(name="regnet", variant="custom", widths=(8, 16), depths=(1, 2), group_width=8)
+
+
+@pytest.mark.parametrize(
+  "layout,base,fields,name",
+  [
+    ("timm_vit", VIT, dict(qkv_bias=False), "blocks.0.attn.qkv.weight"),
+    ("timm_vit", VIT, dict(class_token=False), "pos_embed"),
+    ("timm_vit", VIT, dict(class_token=False, registers=1, pool="mean", final_norm="pooled"), "reg_token"),
+    ("timm_vit", VIT, dict(class_token=False, pool="map"), "attn_pool.kv.weight"),
+    ("timm_vit", VIT, dict(mlp="swiglu"), "blocks.1.mlp.fc1.weight"),
+    ("timm_vit", VIT, dict(qk_norm="layernorm"), "blocks.1.attn.k_norm.bias"),
+    ("timm_vit", VIT, dict(norm="rmsnorm", qk_norm="rmsnorm"), "blocks.1.attn.k_norm.weight"),
+    ("timm_vit", VIT, dict(pre_norm=True, patch_bias=False), "norm_pre.weight"),
+    ("timm_parallel_vit", PARALLEL, dict(qk_norm="layernorm", layer_scale=1.0), "blocks.1.in_proj.bias"),
+    ("timm_parallel_vit", PARALLEL, dict(qkv_bias=False, norm="rmsnorm", class_token=False, pool="map"), "blocks.1.mlp_bias"),
+    ("hf_vit", VIT, dict(qkv_bias=False), "encoder.layer.0.attention.attention.query.weight"),
+    ("hf_dinov2_registers", VIT, dict(qkv_bias=False, mlp="swiglu", registers=1), "encoder.layer.0.mlp.weights_in.weight"),
+    ("torchvision_resnet", RESNET, dict(groups=4), "layer1.0.conv2.weight"),
+    ("hf_regnet", REGNET, dict(se_ratio=0.0), "encoder.stages.0.layers.0.layer.2.convolution.weight"),
+    ("timm_regnet", REGNET, dict(se_ratio=0.0), "s1.b1.conv3.conv.weight"),
+  ],
+)
+def test_what_a_network_is_can_be_told_from_its_file(layout, base, fields, name):
+  rng = np.random.default_rng(0)
+  flat = {k: rng.normal(size=shape).astype(np.float32) for k, shape in transfer.expected(base | fields).items()}
+  tensors = dump(layout, Weights.of(flat), **(base | fields))
+  assert name in tensors and detect(tensors, LAYOUTS, hints=("safetensors",)).name == layout
+  found = convert(tensors, layout=by_name(layout, LAYOUTS), given={"heads": 3} if base["name"] == "vit" else {}, expected=transfer.expected)
+  assert {k: found.model.get(k) for k in fields} == fields
+  again = found.weights.flat()
+  assert again.keys() == flat.keys() and all(np.array_equal(again[k], flat[k]) for k in flat)
+
+
+def test_the_bias_of_a_fused_projection_begins_with_that_of_the_mlp():
+  flat = {k: np.full(shape, "mlp" in k, np.float32) for k, shape in transfer.expected(PARALLEL).items()}
+  bias = dump("timm_parallel_vit", Weights.of(flat), **PARALLEL, qkv_bias=True)["blocks.0.in_proj.bias"]
+  np.testing.assert_array_equal(bias, [1] * 40 + [0] * 72)
+
+
+def test_layer_scale_of_deit_iii_has_names_of_its_own():
+  flat = {k: np.zeros(s, np.float32) for k, s in transfer.expected(VIT | dict(layer_scale=1.0)).items()}
+  named = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in dump("timm_vit", Weights.of(flat), **VIT).items()}
+  found = convert(named, layout=detect(named, LAYOUTS), given={"heads": 3}, expected=transfer.expected)
+  assert found.model["layer_scale"] == 1.0 and found.tensors().keys() == named.keys() and "blocks.0.gamma_2" in named
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.bias", "blocks.0.norm1.bias", "patch_embed.proj.bias"])
+def test_a_bias_that_one_layer_lacks_is_missing(name):
+  flat = {k: np.zeros(s, np.float32) for k, s in transfer.expected(VIT).items()}
+  tensors = dump("timm_vit", Weights.of(flat), **VIT)
+  del tensors[name]
+  with pytest.raises(UserError, match=f"missing 1: {name}"):
+    convert(tensors, layout=by_name("timm_vit", LAYOUTS), given={"heads": 3}, expected=transfer.expected)
+
+
+def test_shapes_with_which_no_network_can_be_are_told_in_one_line():
+  flat = {k: np.zeros(s, np.float32) for k, s in transfer.expected(VIT).items()}
+  tensors = dump("timm_vit", Weights.of(flat), **VIT)
+  tensors["patch_embed.proj.weight"] = np.zeros((24, 48), np.float32)
+  with pytest.raises(UserError, match=r"not the shapes of a timm ViT: .*patch_embed.proj.weight \[24, 48\]"):
+    convert(tensors, layout=by_name("timm_vit", LAYOUTS), given={"heads": 3})
+
+
+def test_positions_of_registers_are_refused_by_name():
+  flat = {k: np.zeros(s, np.float32) for k, s in transfer.expected(VIT | dict(registers=2)).items()}
+  tensors = dump("timm_vit", Weights.of(flat), **VIT)
+  tensors["pos_embed"] = np.zeros((1, 1 + 2 + 4, 24), np.float32)
+  with pytest.raises(UserError, match="'pos_embed' has 7 positions, those of 2 registers among them"):
+    convert(tensors, layout=by_name("timm_vit", LAYOUTS), given={"heads": 3})
 
 
 @pytest.mark.parametrize(

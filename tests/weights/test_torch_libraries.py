@@ -18,6 +18,15 @@ def timm_vit(**options):
   return vit(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, **options)
 
 
+def timm_swiglu():
+  layers = pytest.importorskip("timm.layers")
+  return timm_vit(mlp_layer=layers.SwiGLUPacked, act_layer=torch.nn.SiLU, mlp_ratio=3.0)
+
+
+def timm_parallel():
+  return timm_vit(block_fn=pytest.importorskip("timm").models.vision_transformer.ParallelScalingBlock, qk_norm=True)
+
+
 def timm_model(name, **options):
   return pytest.importorskip("timm").create_model(name, num_classes=0, **options)
 
@@ -29,8 +38,8 @@ def hugging_face(name, **sizes):
   return model(config, add_pooling_layer=False) if name in ("ViT",) else model(config)
 
 
-def torchvision_resnet(depth):
-  model = getattr(pytest.importorskip("torchvision").models, f"resnet{depth}")()
+def torchvision_resnet(depth, kind="resnet"):
+  model = getattr(pytest.importorskip("torchvision").models, f"{kind}{depth}")()
   model.fc = torch.nn.Identity()
   return model
 
@@ -43,6 +52,19 @@ CASES = {
   "timm ViT": (lambda: timm_vit(), "timm_vit", HEADS, 32, lambda m, x: m(x)),
   "timm ViT with registers": (lambda: timm_vit(reg_tokens=2, no_embed_class=True), "timm_vit", HEADS, 32, lambda m, x: m(x)),
   "timm ViT with LayerScale": (lambda: timm_vit(init_values=1e-5), "timm_vit", HEADS, 32, lambda m, x: m(x)),
+  "timm ViT of attention pooling": (
+    lambda: timm_vit(class_token=False, global_pool="map", fc_norm=False), "timm_vit", HEADS, 32, lambda m, x: m(x)
+  ),
+  "timm ViT of average pooling without CLS": (
+    lambda: timm_vit(class_token=False, global_pool="avg", reg_tokens=1, no_embed_class=True), "timm_vit", HEADS, 32, lambda m, x: m(x)
+  ),
+  "timm ViT with other norms and biases": (
+    lambda: timm_vit(qkv_bias=False, qk_norm=True, pre_norm=True), "timm_vit", HEADS, 32, lambda m, x: m(x)
+  ),
+  "timm ViT with SwiGLU": (lambda: timm_swiglu(), "timm_vit", HEADS, 32, lambda m, x: m(x)),
+  "timm ViT of parallel blocks": (lambda: timm_parallel(), "timm_parallel_vit", HEADS, 32, lambda m, x: m(x)),
+  "timm RegNetX": (lambda: timm_model("regnetx_004"), "timm_regnet", {}, 64, lambda m, x: m(x)),
+  "torchvision ResNeXt-50": (lambda: torchvision_resnet("50_32x4d", "resnext"), "torchvision_resnet", {}, 64, lambda m, x: m(x)),
   "timm XCiT": (lambda: timm_model("xcit_nano_12_p16_224"), "timm_xcit", {}, 64, lambda m, x: m(x)),
   "timm ResMLP": (lambda: timm_model("resmlp_12_224"), "timm_resmlp", {}, 224, lambda m, x: m(x)),
   "timm RegNetY": (lambda: timm_model("regnety_004"), "timm_regnet", {}, 64, lambda m, x: m(x)),
