@@ -28,21 +28,29 @@ def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
 
 
 def sprites() -> dict:
-  """The default: embedded data, two crops of 32 px and six of 16 px, 256 prototypes; sizes and momentum are own choices."""
+  """The default: embedded data, two crops of 32 px and six of 16 px, 256 prototypes; sizes and the rest are own choices.
+
+  No blur, as in the CIFAR-10 recipes: its sigma is in pixels of 224, and takes the motifs from crops of 32. With blur, a
+  faster teacher (0.98) and learned positions, targets stay nearly uniform for some seeds (k-NN 30 after 700 steps).
+  """
   method = dict(
     name="dino",
     num_prototypes=256,
     hidden_dim=256,
     bottleneck_dim=64,
-    teacher_warmup_epochs=1,
-    momentum=0.98,
+    teacher_temperature=0.03,
+    teacher_temperature_start=0.03,
+    momentum=0.99,
     global_size=32,
     local_size=16,
+    local_scale=(0.1, 0.4),
     local_views=6,
+    blur=(0.0, 0.0, 0.0),
     eval_fraction=1.0,
   )
   optim = adamw(lr=2e-3, final_lr=1e-5, warmup="50steps")
-  return common.sprites_run() | dict(method=method, model=common.sprites_vit(drop_path=0.05), optim=optim)
+  model = common.sprites_vit(drop_path=0.05, pos_table="sincos")
+  return common.sprites_run() | dict(method=method, model=model, optim=optim)
 
 
 def cifar10() -> dict:
