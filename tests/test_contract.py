@@ -166,7 +166,7 @@ def changed(field: dataclasses.Field, value):
   if isinstance(value, tuple) and value and all(isinstance(v, int) for v in value):
     return tuple(v + 1 for v in value)
   if isinstance(value, tuple):
-    return tuple(v * 0.9 for v in value) if value else (0.5, 0.5, 0.5)
+    return tuple(v * 0.9 if v else 0.35 for v in value) if value else (0.5, 0.5, 0.5)
   if isinstance(value, Mapping):
     return dict(value)
   if isinstance(value, Interval):
@@ -176,6 +176,7 @@ def changed(field: dataclasses.Field, value):
 
 # Fields that act together with others only, which come first; and values that are not found by type.
 COMPANIONS = {
+  ("dino", "teacher_temperature_start"): {"teacher_warmup_epochs": 1},
   ("supervised", "switch_prob"): {"mixup": 0.8, "cutmix": 1.0},
   ("supervised", "hidden_dim"): {"hidden_layers": 1},
   ("segmentation", "decoder_layers"): {"decoder": "mask"},
