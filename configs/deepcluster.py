@@ -9,7 +9,7 @@
 Published for AlexNet (README of the code): VOC07 classification, fc6-8 trained, 72.0 mAP, or 70.4 with frozen BN scales;
 the best layer's linear ImageNet accuracy is 37.88 (VISSL's model zoo, single crop).
 
-The embedded run, seed 0: k-NN 74.9 against 38.8, at least 25 points above its random initialization.
+The embedded run: k-NN 75.8 (seed 0) and 69.5 (seed 1) against 38.8, at least 25 points above its random initialization.
 
 Command: python -m big_ssl.main --config=configs/deepcluster.py:RECIPE --data=IMAGENET_FOLDER
 """
