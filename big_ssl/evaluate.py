@@ -21,8 +21,9 @@ from big_ssl.core.step import make_features, prepare
 from big_ssl.core.types import Array, Extra, Params, PyTree, TrainState, UserError, nearest
 from big_ssl.data import davis
 from big_ssl.data.clips import Clip
+from big_ssl.data.opening import open_folder
 from big_ssl.data.pipeline import Pipeline
-from big_ssl.data.source import DataSource, open_folder
+from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Crop, Features, Output, Report, seen
 from big_ssl.feature_cache import FeatureCache, MemoryCache, Stored, key_of, output_name
 from big_ssl.models import dense

@@ -23,7 +23,7 @@ from big_ssl.core.method import Method, as_streams
 from big_ssl.core.optim import Optimizer, make_optimizer, parameter_table
 from big_ssl.core.step import check_accumulation, make_step, prepare_streams
 from big_ssl.core.types import Extra, PyTree, TrainState, UserError
-from big_ssl.data import source as source_lib
+from big_ssl.data import opening
 from big_ssl.data.balanced import labeled_subset
 from big_ssl.data.pipeline import Pipeline
 from big_ssl.data.source import DataSource
@@ -246,7 +246,7 @@ def make_evaluators(config: Config) -> dict[str, Evaluator]:
 
 def open_data(config: Config) -> dict[str, DataSource]:
   """The sources "train" and "eval" of `config.data`, all images of them."""
-  return source_lib.open_splits(
+  return opening.open_splits(
     config.data.source,
     split=config.data.split,
     eval_split=config.data.eval_split,

@@ -14,7 +14,7 @@ from PIL import Image
 from big_ssl import setup, suite
 from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.types import UserError
-from big_ssl.data.source import open_splits
+from big_ssl.data.opening import open_splits
 from big_ssl.evals.base import Report
 from big_ssl.evaluate import foreign_classes
 from big_ssl.start import saved_state

@@ -105,12 +105,12 @@ def bench(args: argparse.Namespace) -> dict:
 
   from big_ssl.core.method import Inputs
   from big_ssl.core.step import prepare
-  from big_ssl.data import source as source_lib
+  from big_ssl.data import opening
   from big_ssl.data.pipeline import Pipeline
 
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(args.data) if args.data else example_folder(pathlib.Path(temporary))
-    source = source_lib.open_splits(str(folder), split="", eval_split="")["train"]
+    source = opening.open_splits(str(folder), split="", eval_split="")["train"]
     inputs, size = Inputs(views=dino_views()), args.batch_size
     make = lambda crop: Pipeline(source, inputs, batch_size=size, seed=0, rows=(0, size), canvas=args.canvas, crop=crop)
     device = make("device")

@@ -11,7 +11,7 @@ import numpy as np
 
 from big_ssl.core.method import ClassBalanced
 from big_ssl.core.types import UserError, nearest
-from big_ssl.data.plan import permute, uniforms
+from big_ssl.data.plan import permute, replacements, uniforms
 from big_ssl.data.source import DataSource, Subset
 
 _SHOWN = 3  # unknown names that a message lists
@@ -204,12 +204,12 @@ class BalancedPlan:
       result[here] = self._members[self._start[drawn[here]] + picked]
     return result
 
-  def substitutes(self, index: int, *, limit: int) -> np.ndarray:
-    """The images to try for `index`, itself first, then others of its class in order: a bad image leaves the balance."""
+  def substitutes(self, index: int) -> np.ndarray:
+    """The images to try for `index`, itself first, then others of its class: a bad image leaves the balance."""
     k = self._first_of[int(self._labels[index])]
     members = self._members[self._start[k] : self._start[k] + self._count[k]]
     place = int(np.flatnonzero(members == index)[0])
-    return np.roll(members, -place)[:limit]
+    return members[(place + replacements(len(members))) % len(members)]
 
   def _keys(self, name: str, number: np.ndarray, which: np.ndarray) -> np.ndarray:
     """uint64 keys of permutations, one per (pass, class)."""

@@ -20,8 +20,6 @@ from big_ssl.data.balanced import BalancedPlan, labeled_rows
 from big_ssl.data.decode import BadImage, place
 from big_ssl.data.source import DataSource
 
-_MAX_REPLACEMENTS = 32  # bad images in a row before the source is given up
-
 
 class Pipeline:
   """One stream of batches over a source; `batch(step)` and `iterate` give the same.
@@ -141,24 +139,24 @@ class Pipeline:
   # Pixels
 
   def _load(self, index: int) -> tuple[np.ndarray, int, int, int]:
-    """Canvas, height, width and the index really read: a bad image is listed, and the next one takes its place.
+    """Canvas, height, width and the index really read: a bad image is listed, and another one takes its place.
 
-    In a class-balanced stream that is the next labeled one of its class.
+    In a class-balanced stream that is a labeled one of its class. Raises a UserError where none of those tried can be read.
     """
-    tried, reason = min(_MAX_REPLACEMENTS, len(self._source)), ""
+    reason = ""
     if self._balanced is None:
-      candidates = [(index + offset) % len(self._source) for offset in range(tried)]
+      candidates = (index + plan.replacements(len(self._source))) % len(self._source)
     else:
-      candidates = self._balanced.substitutes(index, limit=tried).tolist()
-    for i in candidates:
+      candidates = self._balanced.substitutes(index)
+    for i in candidates.tolist():
       try:
         placed = place(self._source.pixels(i, canvas=self._canvas), canvas=self._canvas)
         return placed.pixels, placed.height, placed.width, i
       except BadImage as error:
         self._source.report(i, str(error))
         reason = reason or str(error)
-    where = f"{self._source.describe()['name']}: no readable image near {self._source.name(index)}"
-    raise UserError(f"{where}: {len(candidates)} in a row cannot be read, the first because: {reason}.")
+    where = f"{self._source.describe()['name']}: no readable image in place of {self._source.name(index)}"
+    raise UserError(f"{where}: none of {len(candidates)} can be read, the first because: {reason}.")
 
   def _cut(self, canvas: np.ndarray, height: int, width: int, position: int) -> list[np.ndarray]:
     """crop="host": the views of one image, [count, h, w, C] each, by the same matrices as on the device."""
@@ -264,14 +262,14 @@ class Pipeline:
         plans[step] = (positions, self._indices(positions))
         yield plans[step]
 
-    failed: list[Exception] = []
+    failed: list[UserError] = []
 
     def slow(index: np.ndarray) -> tuple[np.ndarray, np.int64, np.int64, np.int64]:
       try:
         canvas, height, width, used = self._load(int(index))
-      except UserError as error:  # tensorflow would bury it under its own trace
+      except UserError as error:  # raised below: tensorflow would write its own trace to the terminal
         failed.append(error)
-        raise
+        return np.zeros((self._canvas, self._canvas, self._source.channels), np.uint8), np.int64(1), np.int64(1), np.int64(index)
       return canvas, np.int64(height), np.int64(width), np.int64(used)
 
     def cut(canvas: np.ndarray, height: np.ndarray, width: np.ndarray, position: np.ndarray) -> list[np.ndarray]:
@@ -289,16 +287,16 @@ class Pipeline:
       threads=self._threads,
     )
     iterator = dataset.as_numpy_iterator()
-    for step in range(start, stop):
-      try:
+    try:
+      for step in range(start, stop):
         *pixels, height, width, used = next(iterator)
-      except Exception:
         if failed:
-          raise failed[0] from None
-        raise
-      positions, indices = plans.pop(step)
-      sizes = np.stack([height, width], axis=1)
-      yield step, self._finish(positions, indices, used, sizes, dict(zip(self._pixel_keys, pixels, strict=True)))
+          raise failed[0]
+        positions, indices = plans.pop(step)
+        sizes = np.stack([height, width], axis=1)
+        yield step, self._finish(positions, indices, used, sizes, dict(zip(self._pixel_keys, pixels, strict=True)))
+    finally:
+      del iterator  # before the functions that it calls
 
 
 def _resample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

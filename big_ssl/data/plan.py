@@ -23,6 +23,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _TRIES = 10
+_NEAR = 16  # neighbors that are tried in place of a bad image
 _PER_COPY = 2 * _TRIES + 3  # area and aspect per try, y and x, flip
 
 
@@ -106,6 +107,18 @@ def _feistel(x: np.ndarray, key: np.ndarray, a: int, b: int) -> np.ndarray:
       left = (left + _mix(_mix(right ^ key) + np.uint64(i)) % a) % a
       right = (right + _mix(_mix(left ^ key) + np.uint64(i + 1)) % b) % b
   return left * b + right
+
+
+def replacements(count: int) -> np.ndarray:
+  """How far from a bad image others are tried in its place, itself first: near by, then spread over all, past a folder of bad ones.
+
+  Args:
+    count: images to choose from, at least 1; the distances are below it.
+  """
+  if count <= 2 * _NEAR:
+    return np.arange(count)
+  spread = (np.arange(1, _NEAR + 1) * (5**0.5 - 1) / 2) % 1  # the golden ratio leaves no large gap
+  return np.concatenate([np.arange(_NEAR), (spread * count).astype(np.int64)])
 
 
 def indices(

@@ -96,11 +96,13 @@ class Images(Protocol):
 
   Attributes:
     labels: int32 [N], -1 where an image has none; or None.
+    class_names: of the labels, or ().
     has_masks: whether `mask` gives one for every image.
     extras: further arrays [N, ...] by key, such as "box".
   """
 
   labels: np.ndarray | None
+  class_names: Sequence[str]
   has_masks: bool
   extras: dict[str, np.ndarray]
 

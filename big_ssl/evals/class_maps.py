@@ -35,7 +35,7 @@ def by_folder(file: str, *, held_out: Any, train: Any, path: str) -> np.ndarray:
   Raises:
     UserError: the file cannot be read, names a class that is none, or no folder of the images.
   """
-  known = list(getattr(train, "class_names", ()))
+  known = list(train.class_names)
   if not known:
     raise UserError(f"{path}={file}: the training images have no class folders; expected folders of classes.")
   number, accepted = {name: i for i, name in enumerate(known)}, {}

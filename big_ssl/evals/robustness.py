@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,13 @@ class Robustness(Evaluator):
     del mesh
     metrics, protocol, images = {}, "robustness not computed: the data has no labels", 0
     every = extract("eval", output=self.output)
-    if not len(every.index):
-      return Report({}, "robustness not computed: no held-out image can be read", images=0)
-    accepted = self._accepted(extract, every)
+    accepted, classes = self._accepted(extract, every), extract.images("train").class_names
     for pair in pairs(class_maps.relabeled(extract, accepted), output=self.output, baselines=self.baselines):
       targets = accepted[pair.held_out.index]
       unseen = np.setdiff1d(targets[targets >= 0], pair.train.labels)
       if len(unseen):
         raise UserError(f"{PATH}.{self._map() or 'label_map=()'}: no training image of classes {unseen.tolist()}.")
-      names = self._names(pair.held_out)
+      names = self._names(pair.held_out, classes)
       withheld = [n for n, c in zip(*np.unique(names, return_counts=True), strict=True) if n and c < self.min_group]
       scores = self._score(pair, targets, np.where(np.isin(names, withheld), "", names))
       metrics |= {f"{pair.prefix}{k}": v for k, v in scores.items()}
@@ -107,9 +106,9 @@ class Robustness(Evaluator):
     accepted[every.index, 0] = labels
     return accepted
 
-  def _names(self, held_out: Features) -> np.ndarray:
+  def _names(self, held_out: Features, classes: Sequence[str]) -> np.ndarray:
     if not self.groups:
-      return np.array([f"class_{c}" for c in held_out.labels])
+      return np.array([classes[c] if c < len(classes) else f"class_{c}" for c in held_out.labels])
     return np.array(class_maps.lines(self.groups, index=held_out.index, path=f"{PATH}.groups"))
 
   def _score(self, pair: Pair, targets: np.ndarray, groups: np.ndarray) -> dict[str, float]:

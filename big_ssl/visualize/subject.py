@@ -16,7 +16,8 @@ from big_ssl.core import config as config_lib
 from big_ssl.core.logger import Logger
 from big_ssl.core.types import PyTree, UserError, sides
 from big_ssl.data.decode import BadImage
-from big_ssl.data.source import DataSource, open_folder
+from big_ssl.data.opening import open_folder
+from big_ssl.data.source import DataSource
 from big_ssl.evals.base import Features, check_finite, unit
 from big_ssl.evaluate import Extractor
 from big_ssl.models import dense

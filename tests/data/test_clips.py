@@ -5,7 +5,7 @@ import pytest
 
 from big_ssl.data import sprites
 from big_ssl.data.clips import SpriteClips, render_clip
-from big_ssl.data.source import open_splits
+from big_ssl.data.opening import open_splits
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from big_ssl.augment import resample
-from big_ssl.core.method import Inputs, Sequential, View
+from big_ssl.core.method import ClassBalanced, Inputs, Sequential, View
 from big_ssl.core.types import UserError
-from big_ssl.data import source
+from big_ssl.data import opening, source
 from big_ssl.data.pipeline import Pipeline
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def opened(folder):
-  return source.open_splits(str(folder))["train"]
+  return opening.open_splits(str(folder))["train"]
 
 
 def make(data, *, rows=(0, 8), batch_size=8, views=VIEWS, crop="device", canvas=64, **kwargs) -> Pipeline:
@@ -187,8 +187,24 @@ def test_a_source_of_bad_images_only_is_an_error(tmp_path, tensorflow, monkeypat
   for i in range(3):
     (tmp_path / f"{i}.jpg").write_text("text")
   for run in (lambda p: p.batch(0), lambda p: next(p.iterate(0, 2))):
-    with pytest.raises(UserError, match="no readable image near .*: 3 in a row.*not a picture"):
+    with pytest.raises(UserError, match="no readable image in place of .*: none of 3 can be read.*not a picture"):
       run(make(opened(tmp_path)))
+
+
+@pytest.mark.parametrize("sampler", [Sequential(), ClassBalanced(classes_per_step=2, images_per_class=8)])
+def test_a_folder_of_bad_images_is_passed_over(sampler):
+  class Items:
+    def __len__(self):
+      return 600
+
+    def __getitem__(self, i):
+      if 20 <= i < 500:
+        raise OSError("bad sector")
+      return np.full((4, 4, 3), i % 256, np.uint8)
+
+  data = source.Python(Items(), labels=np.arange(600) % 2)
+  batch = make(data, sampler=sampler, batch_size=16, rows=(0, 16)).batch(20)
+  assert not np.any((batch["index"] >= 20) & (batch["index"] < 500)) and 1 < len(data.problems) <= 480
 
 
 def test_a_file_that_vanishes_is_a_bad_image(folder, tmp_path):
@@ -219,8 +235,8 @@ def test_a_folder_of_other_formats_does_not_fill_the_log(tmp_path):
     picture(i, 20, 20).save(tmp_path / f"{i}.png")
   program = f"""
 from big_ssl.core.method import Inputs, View
-from big_ssl.data import pipeline, source
-data = source.open_splits({str(tmp_path)!r})["train"]
+from big_ssl.data import opening, pipeline
+data = opening.open_splits({str(tmp_path)!r})["train"]
 made = pipeline.Pipeline(data, Inputs(views=(View(name="v", size=8),)), batch_size=4, seed=0, rows=(0, 4), canvas=32)
 print(len(list(made.iterate(0, 3))))
 """
@@ -249,7 +265,7 @@ def test_images_in_memory_are_sent_as_indices_with_the_same_boxes():
 
 
 def test_keys_come_along_and_a_missing_one_is_an_error():
-  world = source.open_splits("sprites", train_examples=30, eval_examples=10)["train"]
+  world = opening.open_splits("sprites", train_examples=30, eval_examples=10)["train"]
   batch = make(world, keys=("label", "mask")).batch(1)
   np.testing.assert_array_equal(batch["mask"], world.extras["mask"][batch["index"]])
   with pytest.raises(UserError, match="no 'depth'.*label, mask, box"):

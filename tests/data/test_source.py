@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from big_ssl.core.types import UserError
-from big_ssl.data import decode, source
+from big_ssl.data import decode, opening, source
 
 SPLITS = {"train": {"cat": 3, "dog": 2, "owl": 2}, "val": {"cat": 1, "owl": 2}}
 
@@ -43,7 +43,7 @@ def archive(root: pathlib.Path, file: pathlib.Path, *, prefix: str = "", extra: 
 
 
 def opened(spec, **kwargs):
-  return source.open_splits(str(spec), **kwargs)
+  return opening.open_splits(str(spec), **kwargs)
 
 
 def test_every_container_gives_the_same_pixels_and_labels(tmp_path):
@@ -112,7 +112,7 @@ def test_masks_beside_the_images_are_found_in_both_layouts(tmp_path):
         file = root / layout.format(split=split, kind=kind, end=end)
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(file)
-    opened = source.open_splits(str(root))
+    opened = opening.open_splits(str(root))
     for images in opened.values():
       assert len(images) == 1 and images.has_masks and images.labels is None and images.name(0) == "a.jpg"
       np.testing.assert_array_equal(images.mask(0), classes)
@@ -124,14 +124,14 @@ def test_an_image_without_its_mask_is_named(tmp_path):
     for name in names:
       Image.new("L", (2, 2)).save(tmp_path / kind / f"{name}.png")
   with pytest.raises(UserError, match="images/b.png has no mask labels/b.png"):
-    source.open_splits(str(tmp_path))
+    opening.open_splits(str(tmp_path))
 
 
 def test_folders_of_classes_called_images_and_labels_stay_classes(tmp_path):
   for name in ("images/a.png", "labels/b.png", "cats/c.png"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new("L", (2, 2)).save(tmp_path / name)
-  opened = source.open_splits(str(tmp_path))["train"]
+  opened = opening.open_splits(str(tmp_path))["train"]
   assert not opened.has_masks and len(opened) == 3 and opened.class_names == ("cats", "images", "labels")
   with pytest.raises(UserError, match="has no masks. Masks are .png files"):
     opened.mask(0)

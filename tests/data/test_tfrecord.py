@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from big_ssl.core.types import UserError
-from big_ssl.data import source, tfrecord
+from big_ssl.data import opening, tfrecord
 
 
 def varint(value: int) -> bytes:
@@ -75,7 +75,7 @@ def test_what_tensorflow_writes_is_read(tmp_path):
   with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
     writer.write(message)
     writer.write(message)
-  found = source.open_splits(str(tmp_path / "a.tfrecord"))["train"]
+  found = opening.open_splits(str(tmp_path / "a.tfrecord"))["train"]
   assert len(found) == 2 and found.labels.tolist() == [300, 300] and (found.pixels(1) == 7).all()
 
 
@@ -86,7 +86,7 @@ def test_records_are_found_over_several_files_in_order(tmp_path):
       [example(image_entry(png(10 * i + j)), label_entry(j)) for j in range(2)],
     )
   (tmp_path / "a.tfrecord-00003-of-00003").write_bytes(b"")
-  found = source.open_splits(str(tmp_path / "a.tfrecord-*"))["train"]
+  found = opening.open_splits(str(tmp_path / "a.tfrecord-*"))["train"]
   assert [int(p[0, 0, 0]) for p in found.fetch(range(6))] == [0, 1, 10, 11, 20, 21]
   assert found.labels.tolist() == [0, 1] * 3 and found.name(3) == "a.tfrecord-00001-of-00003:1"
 
@@ -98,8 +98,8 @@ def test_a_damaged_file_or_record_is_an_error_that_says_where(tmp_path):
   (tmp_path / "text.tfrecord").write_bytes(b"this is not a record file")
   write(tmp_path / "other.tfrecord", [example(label_entry(1))])
   write(tmp_path / "junk.tfrecord", [b"\xff\xff\xff"])
-  assert len(source.open_splits(whole)["train"]) == 2
+  assert len(opening.open_splits(whole)["train"]) == 2
   cases = {"cut": f"byte {len(data) // 2}", "text": "byte 0", "other": "found label", "junk": "not a tf.train.Example"}
   for name, message in cases.items():
     with pytest.raises(UserError, match=rf"{name}\.tfrecord.*{message}"):
-      source.open_splits(str(tmp_path / f"{name}.tfrecord"))
+      opening.open_splits(str(tmp_path / f"{name}.tfrecord"))

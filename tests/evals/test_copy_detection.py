@@ -7,7 +7,8 @@ from PIL import Image
 from big_ssl.core.config import build_named
 from big_ssl.core.types import UserError
 from big_ssl.data import sprites
-from big_ssl.data.source import Arrays, open_folder
+from big_ssl.data.opening import open_folder
+from big_ssl.data.source import Arrays
 from big_ssl.evals.base import Evaluator
 from big_ssl.evals.copies import KINDS, copy
 from big_ssl.evals.copy_detection import CopyDetection

@@ -10,7 +10,6 @@ from big_ssl.evals.base import Features, part_tenth
 from big_ssl.evals.linear import LinearProbe
 from big_ssl.evals.linear_sgd import LinearSGD
 from big_ssl.evals.lowshot import LowShot, fit_logistic, preprocess
-from big_ssl.evals.robustness import Robustness
 from big_ssl.evals.svm import Svm
 
 
@@ -111,11 +110,3 @@ def test_all_images_of_unequal_classes_are_fitted_once():
   assert "1 images per class, 2 splits of seed 0 and all 100 labeled training images," in both.protocol
   with pytest.raises(UserError, match="images_per_class=-1: expected at least 1, or 0 for all"):
     LowShot(images_per_class=-1)
-
-
-def test_robustness_without_a_readable_held_out_image_is_no_number_and_says_why():
-  extract = Planted()
-  extract.labels["eval"] = np.zeros(0, int)
-  for evaluator in (Robustness(), Robustness(label_map=(1, 0))):
-    report = evaluator(extract)
-    assert report.metrics == {} and "no held-out image can be read" in report.protocol

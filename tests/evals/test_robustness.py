@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from big_ssl.core.types import UserError
 from big_ssl.evals.base import Features
 from big_ssl.evals.robustness import Robustness
 
+CLASSES = tuple(f"n{c}" for c in range(8))
 
+
+def with_images(extract):
+  """`extract` of images of eight classes with names."""
+  extract.images = lambda split: types.SimpleNamespace(class_names=CLASSES)
+  return extract
+
+
+@with_images
 def planted(split="train", *, output="pooled", weights="current"):
   """Eight classes around axes to train on; the held-out images have labels 0, 1, 2 for the classes 5, 1, 3."""
   rng = np.random.default_rng([split == "train", len(output), len(weights)])
@@ -46,19 +56,19 @@ def test_masking_helps_where_classes_are_absent_and_the_protocol_is_told():
   m = report.metrics
   assert m["top1_masked_low"] < m["top1_masked"] < m["top1_masked_high"] and m["top1_masked"] > m["top1"] + 5, m
   assert m["random_init/top1_masked"] < 50 and "raw_pixels/top1_masked" in m, m
-  assert m["group/class_5/n"] == m["group/class_1/n"] == 80
+  assert m["group/n5/n"] == m["group/n1/n"] == 80
   for word in ("240 of 240 held-out", "3 classes, mapped", "of 8 classes", "lambda=100", "'pooled'", "8 axes"):
     assert word in report.protocol, report.protocol
 
 
 def test_labels_mapped_to_none_are_left_out_and_the_penalty_matters():
   report = Robustness(label_map=(5, -1, 3))(planted)
-  assert "160 of 240 held-out" in report.protocol and "group/class_1/n" not in report.metrics
+  assert "160 of 240 held-out" in report.protocol and "group/n1/n" not in report.metrics
   assert Robustness(label_map=(5, 1, 3), l2=1e-4)(planted).metrics != Robustness(label_map=(5, 1, 3))(planted).metrics
 
 
 def test_without_labels_there_is_no_number_and_the_protocol_says_why():
-  report = Robustness()(lambda split, **kw: dataclasses.replace(planted(split, **kw), labels=None))
+  report = Robustness()(with_images(lambda split, **kw: dataclasses.replace(planted(split, **kw), labels=None)))
   assert report.metrics == {} and "no labels" in report.protocol
 
 
@@ -90,7 +100,7 @@ def test_a_group_file_that_is_too_short_is_named(tmp_path):
 class Folders:
   """The planted images as folders: those held out are named by what they show, the training classes by numbers."""
 
-  class_names = tuple(f"n{c}" for c in range(8))
+  class_names = CLASSES
 
   def __init__(self, split):
     self.names = [f"{('mug', 'cup', 'hat')[i % 3]}/{i}.png" if split == "eval" else f"n{i % 8}/{i}.png" for i in range(240)]
@@ -124,7 +134,7 @@ def test_folders_with_other_names_are_mapped_to_one_or_several_training_classes(
   assert Robustness(class_map=file)(WithImages()).metrics == expected
   report = Robustness(class_map=written(tmp_path / "b.txt", "mug n5 n0\ncup n1 # tea\n"))(WithImages())
   m = report.metrics
-  assert m["group/class_5/top1"] > expected["group/class_5/top1"]  # the corrupted ones look like class 0
+  assert m["group/n5/top1"] > expected["group/n5/top1"]  # the corrupted ones look like class 0
   assert report.images == 160 and "160 of 240 held-out images of 3 classes, mapped by class_map=" in report.protocol
   assert "the others have no training class" in report.protocol and "any of an image's classes" in report.protocol
 
@@ -154,6 +164,7 @@ def test_a_planted_disparity_is_inside_its_interval_of_confidence(tmp_path):
   for _ in range(20):
     wrong = rng.random(240) < np.where(np.arange(240) < 120, 0.1, 0.4)  # 30 points apart
 
+    @with_images
     def drawn(split, wrong=wrong, **kwargs):
       labels = (np.arange(240) % 2).astype(np.int32)
       shown = labels ^ wrong if split == "eval" else labels
@@ -165,6 +176,7 @@ def test_a_planted_disparity_is_inside_its_interval_of_confidence(tmp_path):
 
 
 def test_held_out_classes_without_a_training_folder_are_left_out_and_told():
+  @with_images
   def some(split, **kwargs):
     found = planted(split, **kwargs)
     if split == "eval":

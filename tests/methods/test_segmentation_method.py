@@ -11,8 +11,9 @@ from PIL import Image
 
 from big_ssl.core.step import prepare
 from big_ssl.core.types import UserError
+from big_ssl.data.opening import open_splits
 from big_ssl.data.pipeline import Pipeline
-from big_ssl.data.source import Arrays, open_splits
+from big_ssl.data.source import Arrays
 from big_ssl.methods.segmentation import Segmentation
 from big_ssl.models.vit import ViT
 
