@@ -39,15 +39,19 @@ def start_from(config: InitFrom, state: TrainState, logger: Logger, *, model: Ba
   return found.state
 
 
-def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainState:
-  """The newest checkpoint, or a fresh state whose first save and restore are exercised before step 1."""
+def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> tuple[TrainState, dict[str, float]]:
+  """The newest checkpoint, or a fresh state whose first save and restore are exercised before step 1.
+
+  Returns:
+    The state, and the numbers of the refresh that it comes from, which the log goes on to show.
+  """
   with logger.timer("checkpoint"):
     restored = checkpointer.restore(run.abstract_state, warn=logger.warning)
   if restored is not None:
     state, meta = restored
     run.check_meta(meta, where=str(checkpointer.directory / str(int(state.step))))
     logger.notice(f"resumed from step {int(state.step)} of {run.total_steps}")
-    return state
+    return state, meta.get("refreshed", {})
   state = run.initial_state()
   if run.config.init_from is not None:
     state = start_from(run.config.init_from, state, logger, model=run.method.model)
@@ -59,7 +63,7 @@ def start_state(run: Run, checkpointer: Checkpointer, logger: Logger) -> TrainSt
     again = checkpointer.restore(run.abstract_state, warn=logger.warning)
     if again is None or (jax.process_count() == 1 and not checkpoint_lib.equal(again[0], state)):
       raise UserError(f"{checkpointer.directory}: the first checkpoint does not read back as it was written.")
-  return state
+  return state, {}
 
 
 def has_checkpoint(run: Run, workdir: pathlib.Path) -> bool:

@@ -112,7 +112,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable
   eval_every = {name: run.steps(e.every) if e.every else total for name, e in run.evaluators.items()}
   stop, extract = StopRequest(), Extractor(run)
   checkpointer = Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=keep_every)
-  state = start_state(run, checkpointer, logger)
+  state, refreshed = start_state(run, checkpointer, logger)
   start = int(state.step)
   accepted()
   logger.resume(start)
@@ -126,7 +126,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable
       if peak is not None:
         logger.flops(run.step_flops(traced), peak)
 
-  metrics, refreshed, verdict_state, skipped_logs, saved = None, {}, "", 0, start
+  metrics, verdict_state, skipped_logs, saved = None, "", 0, start
   refreshes = run.method.refresh_steps()
   due = [name for name, every in eval_every.items() if start % every == 0] if 0 < start < total else []
   if due and (due := not_evaluated(workdir, due, step=start)):
@@ -167,7 +167,7 @@ def train(run: Run, workdir: pathlib.Path, logger: Logger, *, accepted: Callable
     due = [name for name, every in eval_every.items() if done % every == 0 or done == total]
     if done % save_every == 0 or done == total or stopping or due:  # an evaluation may take long, and be cut off
       with logger.timer("checkpoint"):
-        checkpointer.save(state, meta=run.meta())
+        checkpointer.save(state, meta=run.meta() | {"refreshed": refreshed})
         saved = done
     if stopping and done < total:
       return _stopped(run, workdir, logger, checkpointer, step=done, stop=stop)

@@ -53,9 +53,9 @@ def _handlers():
     signal.signal(number, handler)
 
 
-def launch(workdir, calls, *, accepted=lambda: None, at=-1, do=None, **overrides):
+def launch(workdir, calls, *, name="msn", accepted=lambda: None, at=-1, do=None, **overrides):
   """`train.train` with evaluators "a", which does as told at one step, and "b"."""
-  made = engine.compiled(engine.small("msn", total=f"{TOTAL}steps", **{"checkpoint.every": "9steps", "model.depth": 1} | overrides))
+  made = engine.compiled(engine.small(name, total=f"{TOTAL}steps", **{"checkpoint.every": "9steps", "model.depth": 1} | overrides))
   told = {"a": Told("a", calls, at=at, do=do), "b": Told("b", calls)}
   run = dataclasses.replace(made.run, evaluators=told)
   run.__dict__.update(_fresh=made.run._fresh, resident=made.run.resident, jit_step=lambda patch: Ready(made.steps[patch]))
@@ -104,6 +104,16 @@ def test_a_signal_in_an_evaluation_stops_before_the_next_and_the_same_command_ma
   assert calls == ["a2"] and rows(tmp_path) == ["loss1", "loss2", "a2"] and saved(tmp_path, 2)
   assert launch(tmp_path, calls) == train.DONE
   assert calls == ["a2", "b2", "a4", "b4"] and rows(tmp_path) == WHOLE and losses(tmp_path) == whole
+
+
+def test_the_numbers_of_a_refresh_are_in_the_lines_after_a_resume_too(tmp_path):
+  overrides = engine.few_clusters(engine.load("deepcluster_v2")) | {"data.train_examples": 80}  # 5 steps per epoch
+  stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  assert launch(tmp_path, [], name="deepcluster_v2", at=2, do=stop, **overrides) == train.STOPPED
+  assert launch(tmp_path, [], name="deepcluster_v2", **overrides) == train.DONE
+  lines = [row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+  refreshed = [{k: v for k, v in row.items() if k.startswith("refresh/")} for row in lines]
+  assert len(lines) == TOTAL and refreshed[0] and refreshed == refreshed[:1] * TOTAL, refreshed
 
 
 def test_a_signal_in_the_final_evaluation_is_no_finished_run(tmp_path, whole):
