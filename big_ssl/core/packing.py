@@ -18,15 +18,14 @@ PADDING = -1  # segment and image of a token that belongs to none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Packing:
-  """How the images of a batch become sequences; a method names its own fields like these, errors cite config.method.
+class PackingFields:
+  """How the images of a batch become sequences: fields of a method, which errors cite as config.method.
 
   A batch is packed in shards, `shard_size` consecutive positions into `sequences` sequences, each by itself: no image waits for
   a later step, a device or a host needs no image of another, and the same sequences come out for any number of them.
   Sides are drawn per image and then, shard by shard, lowered by a common factor until all images fit (own choice).
 
   Attributes:
-    patch: side of a patch in pixels.
     tokens: length of a sequence.
     shard_size, sequences: images and sequences of a shard.
     max_images: of a sequence.
@@ -40,11 +39,10 @@ class Packing:
     drop_rate: lower and upper end, in [0, 1).
   """
 
-  patch: int
-  tokens: int
-  shard_size: int
-  sequences: int
-  max_images: int
+  tokens: int = 256
+  shard_size: int = 16
+  sequences: int = 8
+  max_images: int = 8
   max_grid: int = 0
   side: tuple[int, int] = (64, 256)
   side_law: Literal["normal", "uniform"] = "normal"
@@ -57,7 +55,7 @@ class Packing:
   drop_width: float = 1e5
 
   def __post_init__(self):
-    for name in ("patch", "tokens", "shard_size", "sequences", "max_images"):
+    for name in ("tokens", "shard_size", "sequences", "max_images"):
       if getattr(self, name) < 1:
         raise UserError(f"config.method.{name}={getattr(self, name)}: at least 1 is needed.")
     for name, laws in (("side_law", ("normal", "uniform")), ("drop_law", ("constant", "beta", "resolution", "schedule"))):
@@ -76,6 +74,13 @@ class Packing:
         f"config.method.shard_size={self.shard_size}: {self.sequences} sequences of {self.tokens} tokens and at most"
         f" {self.max_images} images hold {room}; raise sequences or max_images."
       )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing(PackingFields):
+  """The packing of images into patches of `patch` pixels a side."""
+
+  patch: int
 
   @property
   def grid_limit(self) -> int:

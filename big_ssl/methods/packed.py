@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from big_ssl.augment import patches
 from big_ssl.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
 from big_ssl.core.method import Augment, View
-from big_ssl.core.packing import Packing
+from big_ssl.core.packing import Packing, PackingFields
 from big_ssl.core.types import Array, Params, Size, UserError
 from big_ssl.methods.parts import center_view, check_channels, normalize
 from big_ssl.models.encoder import encode
@@ -37,32 +36,16 @@ class Unpacked:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedImages:
+class PackedImages(PackingFields):
   """Packed views, the evaluation view and the trunk; to be mixed into a `Method` that has an `encoder`.
 
-  Attributes:
-    tokens, shard_size, sequences, max_images, max_grid, side, side_law, side_mean, side_std, drop_law, drop_rate, drop_beta,
-      drop_center, drop_width: see `core.packing.Packing`.
+  Attributes, besides those of `core.packing.PackingFields`:
     scale, ratio: of the training crop, share of the area and width/height; color_strength: of the jitter, 0 is none.
     size: of the evaluation crop.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 
-  tokens: int = 256
-  shard_size: int = 16
-  sequences: int = 8
-  max_images: int = 8
-  max_grid: int = 0
-  side: tuple[int, int] = (64, 256)
-  side_law: Literal["normal", "uniform"] = "normal"
-  side_mean: float = -0.5
-  side_std: float = 1.0
-  drop_law: Literal["constant", "beta", "resolution", "schedule"] = "constant"
-  drop_rate: tuple[float, float] = (0.0, 0.0)
-  drop_beta: tuple[float, float] = (1.0, 1.0)
-  drop_center: float = 1e6
-  drop_width: float = 1e5
   scale: tuple[float, float] = (0.3, 1.0)
   ratio: tuple[float, float] = (0.5, 2.0)
   color_strength: float = 0.0
@@ -72,6 +55,7 @@ class PackedImages:
   eval_fraction: float = 224 / 256
 
   def __post_init__(self):
+    super().__post_init__()
     check_channels(self)
     if not isinstance(self.model, NaViT):
       if self.model is not None:
@@ -86,8 +70,7 @@ class PackedImages:
 
   @property
   def packing(self) -> Packing:
-    names = {f.name for f in dataclasses.fields(Packing)} - {"patch"}
-    return Packing(patch=self.model.patch, **{name: getattr(self, name) for name in names})
+    return Packing(patch=self.model.patch, **{f.name: getattr(self, f.name) for f in dataclasses.fields(PackingFields)})
 
   def packed_view(self, name: str, *operations: Augment) -> View:
     """Crops of native aspect that pass the photometric `operations` and are normalized; each name has its own draws."""
