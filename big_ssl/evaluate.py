@@ -184,6 +184,7 @@ class Extractor:
 
   def _forward(self, output: Output, view: View) -> Callable:
     """The compiled outputs of the evaluation view, or of a crop of its kind, by name."""
+    view = dataclasses.replace(view, place=(0.5, 0.5), flip=0.5)  # where crops lie is the host's to know
     key = (None if isinstance(output, str) else output, view)
     if key not in self._functions:
       inputs = Inputs(views=(view,))

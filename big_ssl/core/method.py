@@ -41,6 +41,8 @@ class View:
       aspect, shrunk by `center_fraction`; "none" the whole image, squashed; "scaled" the output's pixels of the image
       resized, its shorter side to that of the output / `center_fraction` times a factor out of `scale`; the place is
       drawn, and what the image does not fill is black on the right and at the bottom (on the left where flipped).
+    place: of the box of "center", shares of the room above it and to its left: (0, 0) is a corner instead.
+    square: the box of "scaled" is inside the central square of the image.
     scale: range of the crop's share of the image area; for "scaled" of the factor.
     ratio: range of the crop's width/height, drawn log-uniformly.
     flip: probability of a left-right flip.
@@ -67,6 +69,8 @@ class View:
   interpolation: Literal["bilinear", "bicubic"] = "bilinear"
   antialias: bool = True
   center_fraction: float = 1.0
+  place: tuple[float, float] = (0.5, 0.5)
+  square: bool = False
   return_box: bool = False
   augment: tuple[Augment, ...] = ()
   packing: Packing | None = None

@@ -248,8 +248,9 @@ def _scaled(view: View, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
   pixel = sizes.min(-1)[:, None, None] / resized  # [B, count, 1] pixels of the image per pixel of the output
   full = np.broadcast_to(sizes[:, None, :], (*draws.shape[:2], 2))
   side = output * pixel
-  start = draws[..., 2 * _TRIES : 2 * _TRIES + 2] * np.maximum(full - side, 0.0)
-  return np.concatenate([start, side], -1)
+  square = full.min(-1, keepdims=True)
+  low, within = ((full - square) / 2, square) if view.square else (0.0, full)
+  return np.concatenate([low + draws[..., 2 * _TRIES : 2 * _TRIES + 2] * np.maximum(within - side, 0.0), side], -1)
 
 
 def _center(view: View, sizes: np.ndarray) -> np.ndarray:
@@ -266,5 +267,5 @@ def _center(view: View, sizes: np.ndarray) -> np.ndarray:
   output = np.asarray(view.shape)
   pixel = sizes / resized
   side = np.maximum(output * pixel, 1.0)
-  start = np.clip(np.rint((resized - output) / 2) * pixel, 0.0, sizes - side)
+  start = np.clip(np.rint((resized - output) * view.place) * pixel, 0.0, sizes - side)
   return np.concatenate([start, side], -1)

@@ -46,17 +46,19 @@ class Crop:
   operations they keep.
 
   Attributes:
-    kind, scale, ratio, flip, interpolation, center_fraction: `crop` and the others of a `core.method.View`; the values
+    kind, scale, ratio, flip, interpolation, center_fraction, place, square: `crop` and the others of a `core.method.View`; the values
       here are those of torchvision's RandomResizedCrop and RandomHorizontalFlip.
     seed, epoch: each has its own boxes and flips, which are also a function of the run's seed and the image's number.
   """
 
-  kind: Literal["random_resized", "scaled"] = "random_resized"
+  kind: Literal["random_resized", "scaled", "center"] = "random_resized"
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: float = 0.5
   interpolation: Literal["bilinear", "bicubic"] = "bilinear"
   center_fraction: float = 1.0
+  place: tuple[float, float] = (0.5, 0.5)
+  square: bool = False
   seed: int = 0
   epoch: int = 0
 
@@ -64,14 +66,15 @@ class Crop:
     low, high = self.scale
     if self.kind == "scaled":
       share = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-      size = f"the view's size out of images resized to {share} times it / {self.center_fraction:g}"
+      part = "the central square of " if self.square else ""
+      size = f"the view's size out of {part}images resized to {share} times it / {self.center_fraction:g}"
     else:
       size = f"{low:g} to {high:g} of the area, aspect {self.ratio[0]:.3g} to {self.ratio[1]:.3g}, resized"
     return f"random crops ({size}, {self.interpolation}), flipped with p {self.flip:g}"
 
   def of(self, view: View) -> View:
     """The evaluation view `view` with this geometry."""
-    names = ("scale", "ratio", "flip", "interpolation", "center_fraction")
+    names = ("scale", "ratio", "flip", "interpolation", "center_fraction", "place", "square")
     return dataclasses.replace(view, crop=self.kind, **{name: getattr(self, name) for name in names})
 
 
@@ -229,13 +232,13 @@ class Pair:
   """Labeled features to fit on and to score, and the prefix of their metrics.
 
   Attributes:
-    cropped: features of the training images, rows as in `train`, when they are cropped and flipped anew.
+    cropped: features of the images of a split, rows as in `train` or `held_out`, when they are cropped and flipped anew.
   """
 
   prefix: str
   train: Features
   held_out: Features
-  cropped: Callable[[Crop], Features]
+  cropped: Callable[[Split, Crop], Features]
 
 
 def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair]:
@@ -257,9 +260,9 @@ def pairs(extract: Extract, *, output: Output, baselines: bool) -> Iterator[Pair
 
 
 def _cropped(
-  extract: Extract, crop: Crop, *, scale: Callable[[Features], Features], output: Output, weights: Weights
+  extract: Extract, split: Split, crop: Crop, *, scale: Callable[[Features], Features], output: Output, weights: Weights
 ) -> Features:
-  return scale(labeled(extract("train", output=output, weights=weights, crop=crop), name=output))
+  return scale(labeled(extract(split, output=output, weights=weights, crop=crop), name=output))
 
 
 def held_out_only(extract: Extract, *, output: str, baselines: bool) -> Iterator[tuple[str, Features]]:

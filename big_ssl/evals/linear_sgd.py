@@ -16,6 +16,12 @@ from big_ssl.ops import linear_heads
 from big_ssl.ops.linear_heads import Heads, Recipe, Schedule
 
 Name = Literal["dino", "msn", "swav", "deepcluster", "benchmark", "seer"]
+PATH = "config.evals.linear_sgd"
+TEN_CROPS = tuple(  # of images resized to 256 for crops of 224, as torchvision's
+  Crop(kind="center", place=place, flip=flip, center_fraction=224 / 256)
+  for flip in (0.0, 1.0)
+  for place in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+)
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times the published rate, made for augmented ImageNet
 
 
@@ -63,8 +69,7 @@ def constants(name: Name) -> Preset:
     return Preset(recipe=Recipe(), readout="output", **settings)
   if name == "deepcluster":
     settings = {"lr": 0.01, "scaled": False, "weight_decay": 1e-7, "epochs": 90, "schedule": "inverse_sqrt"}
-    # Of images resized to 256. There from the central square of them, here from anywhere (own choice).
-    crop = Crop(kind="scaled", scale=(1.0, 1.0), center_fraction=224 / 256)
+    crop = Crop(kind="scaled", square=True, scale=(1.0, 1.0), center_fraction=224 / 256)
     return Preset(recipe=Recipe(), readout="stages", crop=crop, **settings)
   drops = {"schedule": "milestones", "milestones": (8 / 28, 16 / 28, 24 / 28), "readout": "stages"}
   settings = {"lr": 0.01, "scaled": True, "weight_decay": 5e-4, "epochs": 28} | drops
@@ -85,8 +90,8 @@ class LinearSGD(Evaluator):
 
   The published probes crop and flip the training images anew in every epoch (`augment`), and those of DINO and SwAV
   report the best epoch (`report`). The defaults do neither (own choice), so that figures are somewhat other ones: the
-  features are extracted once and kept for other evaluators, and no held-out image chooses anything. The held-out images
-  are always in the evaluation view, where DeepCluster's probe takes the mean of ten crops.
+  features are extracted once and kept for other evaluators, and no held-out image chooses anything. DeepCluster's
+  probe is tested on ten crops (`ten_crops`), the others on the evaluation view.
 
   Attributes:
     preset: the protocol whose constants hold where a field below is empty.
@@ -104,6 +109,8 @@ class LinearSGD(Evaluator):
       as many with `baselines`, and memory for the features of one epoch beside those of the evaluation view.
     report: of the "last" epoch; or of the "best", in which a head gets most held-out images right. Its figure is too
       good by that choice.
+    ten_crops: held-out images are judged by the mean softmax of their corners and center and of these flipped: ten passes
+      of the held-out images, and memory for the probabilities of every image, class and head. Needs report="last".
   """
 
   preset: Name = "dino"
@@ -118,20 +125,23 @@ class LinearSGD(Evaluator):
   baselines: bool = False
   augment: Literal["none", "published"] = "none"
   report: Literal["last", "best"] = "last"
+  ten_crops: bool = False
 
   def __post_init__(self):
     for field, accepted in (("epochs", "a number of epochs"), ("batch_size", "a number of images")):
       if getattr(self, field) < 0:
         value = getattr(self, field)
-        raise UserError(f"config.evals.linear_sgd.{field}={value}: expected {accepted}, or 0 for the preset's.")
+        raise UserError(f"{PATH}.{field}={value}: expected {accepted}, or 0 for the preset's.")
     if self.lr and min(self.lr) <= 0:
-      raise UserError(f"config.evals.linear_sgd.lr={self.lr}: expected positive numbers.")
+      raise UserError(f"{PATH}.lr={self.lr}: expected positive numbers.")
     if self.weight_decay and min(self.weight_decay) < 0:
-      raise UserError(f"config.evals.linear_sgd.weight_decay={self.weight_decay}: expected numbers of at least 0.")
+      raise UserError(f"{PATH}.weight_decay={self.weight_decay}: expected numbers of at least 0.")
     if len(set(self.grid())) < len(self.grid()):
-      raise UserError(f"config.evals.linear_sgd.lr={self.lr}: expected each rate and each weight decay once.")
+      raise UserError(f"{PATH}.lr={self.lr}: expected each rate and each weight decay once.")
+    if self.ten_crops and self.report == "best":
+      raise UserError(f"{PATH}.ten_crops=True: expected report='last', each epoch of 'best' would take ten passes; it is 'best'.")
     if not self.stages:
-      raise UserError("config.evals.linear_sgd.stages=(): expected at least one stage.")
+      raise UserError(f"{PATH}.stages=(): expected at least one stage.")
 
   def grid(self) -> tuple[tuple[float, float], ...]:
     """(base learning rate, weight decay) of every head."""
@@ -172,7 +182,7 @@ class LinearSGD(Evaluator):
   def _train(self, pair: Pair, layer: str) -> _Probe:
     chosen, train, epochs = constants(self.preset), pair.train, self._length()
     if len(train.labels) < 2:
-      raise UserError("config.evals.linear_sgd: the data has one labeled training image, at least 2 are needed.")
+      raise UserError(f"{PATH}: the data has one labeled training image, at least 2 are needed.")
     classes = int(max(train.labels.max(), pair.held_out.labels.max())) + 1
     part = part_tenth(train.labels)
     batch = min(self.batch_size or chosen.batch_size, int(part.fit.sum()))
@@ -188,7 +198,6 @@ class LinearSGD(Evaluator):
     )
     settings = {"recipe": chosen.recipe, "shape": train.shape}
     heads = linear_heads.init_heads(**settings, count=len(base), classes=classes, seed=self.seed)
-    accuracy = lambda heads, f: 100.0 * np.mean(linear_heads.predict(heads, f.features, **settings) == f.labels, axis=1)
     held_out = np.zeros(len(base))
     for span, seen in self._seen(pair, part.fit):
       heads = linear_heads.train_heads(
@@ -204,11 +213,19 @@ class LinearSGD(Evaluator):
       )
       del seen  # before those of the next epoch are made
       if self.report == "best" or span.stop == epochs:
-        held_out = np.maximum(held_out, accuracy(heads, pair.held_out))
-    score = np.where(_finite(heads), accuracy(heads, take(train, part.judge)), -1.0)
+        held_out = np.maximum(held_out, self._held_out(heads, pair, **settings))
+    tenth = take(train, part.judge)
+    score = np.where(_finite(heads), _accuracy(linear_heads.predict(heads, tenth.features, **settings), tenth), -1.0)
     if score.max() < 0:
-      raise UserError(f"config.evals.linear_sgd.lr={self.lr}: every head diverged; expected smaller rates.")
+      raise UserError(f"{PATH}.lr={self.lr}: every head diverged; expected smaller rates.")
     return _Probe(layer, int(np.argmax(score)), batch, score, held_out, self.grid())
+
+  def _held_out(self, heads: Heads, pair: Pair, **settings: Any) -> np.ndarray:
+    """Accuracy [H] in percent."""
+    if not self.ten_crops:
+      return _accuracy(linear_heads.predict(heads, pair.held_out.features, **settings), pair.held_out)
+    together = sum(linear_heads.probabilities(heads, pair.cropped("eval", c).features, **settings) for c in TEN_CROPS)
+    return _accuracy(np.argmax(together, axis=-1), pair.held_out)
 
   def _length(self) -> int:
     return self.epochs or constants(self.preset).epochs
@@ -218,7 +235,7 @@ class LinearSGD(Evaluator):
     if self.augment == "published":
       crop = dataclasses.replace(constants(self.preset).crop, seed=self.seed)
       for epoch in range(self._length()):
-        yield range(epoch, epoch + 1), take(pair.cropped(dataclasses.replace(crop, epoch=epoch)), rows)
+        yield range(epoch, epoch + 1), take(pair.cropped("train", dataclasses.replace(crop, epoch=epoch)), rows)
       return
     together, found = self._length() if self.report == "last" else 1, take(pair.train, rows)
     for epoch in range(0, self._length(), together):
@@ -234,8 +251,9 @@ class LinearSGD(Evaluator):
     layer = layer if probe.layer else f", output {outputs[0]}"
     scaled = f" * {probe.batch}/256" if chosen.scaled else ""
     source = f", {pair.held_out.source}" if pair.held_out.source else ""
+    ten = " by the mean softmax of ten crops, the corners and the center of images resized to the view's size / 0.875 and these flipped"
     once = "of the evaluation view without augmentation (own choice)"
-    anew = f"of {chosen.crop}, anew in every epoch, and for the tenth and the held-out images of the evaluation view"
+    anew = f"of {chosen.crop}, anew in every epoch, and for the tenth{'' if self.ten_crops else ' and the held-out images'} of the evaluation view"
     epoch = "last epoch" if self.report == "last" else "accuracy of the epoch with the best on the held-out images"
     part, unseen = part_tenth(pair.train.labels), np.setdiff1d(pair.held_out.labels, pair.train.labels)
     source += f", classes {unseen.tolist()} without a training image" if len(unseen) else ""
@@ -248,7 +266,7 @@ class LinearSGD(Evaluator):
       f" {part.words}{' (at the edge of the sweep)' if at_edge else ''}"
       f"{', diverged: lr ' + ', '.join(lost) if lost else ''}{layer} ({pair.train.features.shape[1]} dimensions)"
       f" {once if self.augment == 'none' else anew}, {epoch}, seed {self.seed}, trained on {part.fit.sum()} of"
-      f" {len(pair.train.features)} training images, {len(pair.held_out.features)} held-out images{source}"
+      f" {len(pair.train.features)} training images, {len(pair.held_out.features)} held-out images{ten if self.ten_crops else ''}{source}"
     )
 
 
@@ -277,6 +295,11 @@ class _Probe:
     several = len({wd for _, wd in self.grid}) > 1
     names = [f"lr/{lr:g}" + (f"_wd/{wd:g}" if several else "") for lr, wd in self.grid]
     return {n: float(a) for n, a, s in zip(names, self.held_out, self.score, strict=True) if s >= 0}
+
+
+def _accuracy(predicted: np.ndarray, truth: Features) -> np.ndarray:
+  """[H] in percent of predictions [H, N]."""
+  return 100.0 * np.mean(predicted == truth.labels, axis=1)
 
 
 def _finite(heads: Heads) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -247,17 +248,25 @@ def train_heads(
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "shape"))
-def _predict(heads: Heads, x: Array, *, recipe: Recipe, shape: tuple[int, ...]) -> Array:
+def _logits(heads: Heads, x: Array, *, recipe: Recipe, shape: tuple[int, ...]) -> Array:
   x = x.reshape(len(x), *shape)
-  return jax.vmap(lambda h: jnp.argmax(logits(recipe, h.params, h.stats, x), axis=1))(heads)
+  return jax.vmap(lambda h: logits(recipe, h.params, h.stats, x))(heads)
 
 
 def predict(heads: Heads, x: np.ndarray, *, recipe: Recipe, shape: tuple[int, ...], chunk: int = 1024) -> np.ndarray:
   """Classes [H, n] of features x [n, D], `chunk` rows at a time."""
+  return np.concatenate([np.argmax(out, axis=-1) for out in _chunks(heads, x, recipe=recipe, shape=shape, chunk=chunk)], axis=1)
+
+
+def probabilities(heads: Heads, x: np.ndarray, *, recipe: Recipe, shape: tuple[int, ...], chunk: int = 1024) -> np.ndarray:
+  """Softmax [H, n, K] of features x [n, D], `chunk` rows at a time."""
+  parts = _chunks(heads, x, recipe=recipe, shape=shape, chunk=chunk)
+  return np.concatenate([np.asarray(jax.nn.softmax(out)) for out in parts], axis=1)
+
+
+def _chunks(heads: Heads, x: np.ndarray, *, recipe: Recipe, shape: tuple[int, ...], chunk: int) -> Iterator[np.ndarray]:
   chunk = min(chunk, max(len(x), 1))
-  found = []
   for i in range(0, len(x), chunk):
     part = np.asarray(x[i : i + chunk], np.float32)
     padded = np.pad(part, ((0, chunk - len(part)), (0, 0)))
-    found.append(np.asarray(_predict(heads, jnp.asarray(padded), recipe=recipe, shape=shape))[:, : len(part)])
-  return np.concatenate(found, axis=1)
+    yield np.asarray(_logits(heads, jnp.asarray(padded), recipe=recipe, shape=shape))[:, : len(part)]

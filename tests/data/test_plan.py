@@ -255,6 +255,26 @@ def test_the_center_box_of_a_square_at_full_fraction_and_no_crop_are_the_whole_i
     np.testing.assert_allclose(box[0, 0], [0, 0, 37, 37], rtol=1e-6)
 
 
+@pytest.mark.parametrize("place", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+def test_a_corner_is_that_of_the_resized_image(place):
+  view = View(name="v", size=24, crop="center", center_fraction=24 / 28, place=place)
+  box = plan.boxes(view, np.array([[40, 52], [52, 40]]), seed=0, positions=np.arange(2)).box[:, 0]
+  y, x = place  # 40 x 52 becomes 28 x 36
+  expected = [y * 4 * 40 / 28, x * 12 * 52 / 36, 24 * 40 / 28, 24 * 52 / 36]
+  np.testing.assert_allclose(box[0], expected, rtol=1e-6)
+  np.testing.assert_allclose(box[1, :2], [y * 12 * 52 / 36, x * 4 * 40 / 28], rtol=1e-6)
+
+
+def test_crops_of_resized_images_are_drawn_from_all_of_it_or_from_the_central_square():
+  def ends(**options):
+    view = View(name="v", size=224, crop="scaled", scale=(1.0, 1.0), center_fraction=224 / 256, **options)
+    box = plan.boxes(view, np.full((400, 2), (300, 400)), seed=0, positions=np.arange(400)).box[:, 0]
+    return np.concatenate([box[:, :2].min(axis=0), box[:, :2].max(axis=0)])
+
+  np.testing.assert_allclose(ends(), [0, 0, 37.5, 137.5], atol=2)
+  np.testing.assert_allclose(ends(square=True), [0, 50, 37.5, 87.5], atol=1)
+
+
 def test_an_unknown_crop_names_the_view():
   with pytest.raises(UserError, match="view 'v': crop='grid'"):
     plan.boxes(View(name="v", size=8, crop="grid"), np.full((1, 2), 9), seed=0, positions=np.arange(1))

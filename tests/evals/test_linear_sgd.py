@@ -109,7 +109,28 @@ def test_cropped_training_images_are_asked_for_in_every_epoch_and_nothing_else_i
     assert word in report.protocol, report.protocol
   assert "without augmentation" not in report.protocol and "held-out images of the evaluation view" in report.protocol
   report = dataclasses.replace(SMALL, preset="deepcluster", readout="output", epochs=1, augment="published")(noted)
-  assert "the view's size out of images resized to 1 times it / 0.875" in report.protocol, report.protocol
+  assert "the view's size out of the central square of images resized to 1 times it / 0.875" in report.protocol, report.protocol
+
+
+def test_ten_crops_of_the_held_out_images_are_judged_by_their_mean_softmax():
+  asked = []
+
+  def noted(split, *, crop=None, **kwargs):
+    found = planted(split, **kwargs)
+    if crop is not None:  # one crop in ten knows the class well; the nine others show nothing
+      asked.append((split, crop.place, crop.flip))
+      found = dataclasses.replace(found, features=found.features * (crop.place == (0.5, 0.5) and crop.flip == 1))
+    return found
+
+  ten = dataclasses.replace(SMALL, ten_crops=True, lr=(3.0,))
+  report = ten(noted)
+  places = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5)]
+  assert asked == [("eval", place, flip) for flip in (0.0, 1.0) for place in places]
+  assert report.metrics["top1"] > 90 and "held-out images by the mean softmax of ten crops" in report.protocol, report
+  blind = lambda split, *, crop=None, **kw: dataclasses.replace(f := planted(split, **kw), features=f.features * (crop is None))
+  assert ten(blind).metrics["top1"] < 30
+  with pytest.raises(UserError, match="linear_sgd.ten_crops=True: expected report='last'"):
+    dataclasses.replace(ten, report="best")
 
 
 def test_crops_that_change_nothing_train_the_heads_of_the_cached_features_and_baselines_are_cropped_too():
@@ -172,6 +193,12 @@ def test_the_whole_image_unflipped_is_the_evaluation_view(one):
   np.testing.assert_allclose(one("train", crop=whole).features, one("train").features, atol=1e-5)
   scaled = Crop(kind="scaled", scale=(1.0, 1.0), flip=0.0, interpolation="bicubic")
   np.testing.assert_allclose(one("train", crop=scaled).features, one("train").features, atol=1e-5)
+  pixels = lambda **crop: one("eval", output="pixels", crop=Crop(kind="center", interpolation="bicubic", **crop)).features.reshape(-1, 32, 32, 3)
+  view = one("eval", output="pixels").features.reshape(-1, 32, 32, 3)
+  np.testing.assert_array_equal(pixels(flip=0.0), view)
+  np.testing.assert_allclose(pixels(flip=1.0), view[:, :, ::-1], atol=1e-4)
+  corner = pixels(flip=0.0, center_fraction=0.5, place=(0.0, 1.0))
+  np.testing.assert_allclose(corner.mean((1, 2)), view[:, :16, 16:].mean((1, 2)), atol=0.05)
   alike = lambda split, *, crop=None, **kw: one(split, crop=crop and whole, **kw)
   cached = dataclasses.replace(SMALL, readout="cls", layers=2, epochs=3)
   found, expected = dataclasses.replace(cached, augment="published")(alike).metrics, cached(one).metrics
