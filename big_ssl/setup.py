@@ -244,6 +244,11 @@ def make_evaluators(config: Config) -> dict[str, Evaluator]:
   return {name: _evaluator(name, fields) for name, fields in config.evals.items() if fields is not None}
 
 
+def _for_data(evaluators: dict[str, Evaluator], held_out: DataSource) -> dict[str, Evaluator]:
+  labeled = held_out.labels is not None and bool(np.any(held_out.labels >= 0))
+  return {name: evaluator for name, evaluator in evaluators.items() if not (labeled and evaluator.unlabeled)}
+
+
 def open_data(config: Config) -> dict[str, DataSource]:
   """The sources "train" and "eval" of `config.data`, all images of them."""
   return opening.open_splits(
@@ -265,6 +270,7 @@ def on_other_data(run: Run, config: Config) -> Run:
     UserError: the data cannot be opened, or have other channels than the images of `run`.
   """
   evaluators, sources = make_evaluators(config), open_data(config)
+  evaluators = _for_data(evaluators, sources["eval"])
   sources["train"] = labeled_subset(sources["train"], config.data)
   for source in sources.values():
     if source.channels != run.method.image_channels:
@@ -281,6 +287,7 @@ def make_run(config: Config, *, devices: Sequence[jax.Device] | None = None) -> 
     raise UserError(f"config.optim.accumulate={config.optim.accumulate}: must divide the batch of each device ({config.batch_size} over all).")
   check_accumulation(make_method(config, channels=0), config.optim.accumulate)  # config errors before any data is opened
   evaluators, sources = make_evaluators(config), open_data(config)
+  evaluators = _for_data(evaluators, sources["eval"])
   known = sources["train"].labels
   num_classes = int(np.max(known)) + 1 if known is not None and len(known) else 0  # also of classes that no chosen image has
   train = sources["train"] = labeled_subset(sources["train"], config.data)

@@ -17,6 +17,10 @@ def pick(method: str, recipe: str, *recipes: Callable[[], dict]) -> ml_collectio
   return ml_collections.ConfigDict(table[recipe]())
 
 
+# Images without labels, a folder of one's own, still get a score: do copies of an image find it again?
+_UNLABELED = dict(copy_detection=dict(unlabeled=True, baselines=True))
+
+
 def sprites_run(*, total: str = "700steps") -> dict:
   """Top-level keys of an embedded run: 8,192 images of 48 px, batch 128, k-NN beside random weights and raw pixels."""
   return dict(
@@ -26,7 +30,7 @@ def sprites_run(*, total: str = "700steps") -> dict:
     log_every="50steps",
     data=dict(source="sprites", train_examples=8192, eval_examples=1024, image_size=48),
     checkpoint=dict(every="350steps", keep_last=2),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True), linear=dict(), health=dict()),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="350steps", baselines=True), linear=dict(), health=dict()) | _UNLABELED,
   )
 
 
@@ -63,6 +67,11 @@ def vit_ti4(**changes) -> dict:
   return dict(name="vit", variant="Ti", patch=4, image_size=32) | changes
 
 
+def randaug_tf() -> dict:
+  """big_vision's "randaug(2,10)" (`augment.rand_augment`)."""
+  return dict(style="tf", layers=2, magnitude=10.0, std=0.0, p=1.0)
+
+
 def imagenet_run(*, total: str, batch_size: int) -> dict:
   """Top-level keys of an ImageNet run, k-NN (k=20) every 10 epochs."""
   return dict(
@@ -72,5 +81,5 @@ def imagenet_run(*, total: str, batch_size: int) -> dict:
     log_every="100steps",
     data=dict(source="tfds:imagenet2012"),
     checkpoint=dict(every="1epochs", keep_last=3, keep_every="100epochs"),
-    evals=dict(knn=dict(k=20, temperature=0.07, every="10epochs")),
+    evals=dict(knn=dict(k=20, temperature=0.07, every="10epochs")) | _UNLABELED,
   )

@@ -16,7 +16,7 @@ from big_ssl.core.checkpoint import Checkpointer
 from big_ssl.core.types import UserError
 from big_ssl.data.opening import open_splits
 from big_ssl.evals.base import Report
-from big_ssl.evaluate import foreign_classes
+from big_ssl.evaluate import Extractor, foreign_classes
 from big_ssl.start import saved_state
 
 TINY = engine.SMALL | engine.TINY["vit"] | {"data.train_examples": 24, "data.eval_examples": 21}
@@ -81,6 +81,16 @@ def test_tasks_are_evaluated_or_skipped_with_the_reason_and_written_as_two_table
   text = (tmp_path / "out" / "results.md").read_text()
   assert "| leak | knn | top1_k5 |" in text and "- gone: --data=" in text and "leak, knn: weighted k-NN" in text
   assert len(list((workdir / "features").glob("*.npz"))) == 6  # both splits of three tasks
+
+
+def test_images_without_labels_are_scored_by_their_copies_and_others_are_not(tmp_path):
+  for labels in (True, False):
+    run = setup.make_run(engine.small("msn", **{"data.source": leaked(tmp_path / f"{labels}.npz", labels=labels)}), devices=jax.devices()[:1])
+    assert ("copy_detection" in run.evaluators) != labels and "knn" in run.evaluators
+  extract = Extractor(run)
+  extract.state = run.initial_state()
+  report = run.evaluators["copy_detection"](extract)
+  assert 0 < report.metrics["map"] <= 100 and "random_init/map" in report.metrics
 
 
 def test_held_out_folders_that_are_no_training_classes_are_told(tmp_path):

@@ -217,10 +217,12 @@ class Evaluator(abc.ABC):
   Attributes:
     every: cadence in training; None is once, at the end.
     output: which output of `Method.features` is read.
+    unlabeled: left out where a held-out image has a label.
   """
 
   every: Interval | None = None
   output: str = "pooled"
+  unlabeled: bool = False
 
   @abc.abstractmethod
   def __call__(self, extract: Extract, *, mesh: Any = None) -> Report:
