@@ -80,7 +80,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kinds: Callabl
 
 
 def _evaluations(record: Record) -> str:
-  cards = "\n".join(_card(e) for e in record.latest)
+  cards = "\n".join(_card(e) for e in sorted(record.latest, key=lambda e: not e.scores))  # what was not computed comes last
   return _section("Evaluation", f'<div class="cards">{cards}</div>' if cards else "")
 
 

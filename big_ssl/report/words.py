@@ -36,7 +36,7 @@ def title(name: str) -> str:
     return f"top-{found[1]} at {found[2]}"
   if name.startswith("lr/"):  # a head of a sweep
     return "learning rate " + name.removeprefix("lr/").replace("_wd/", ", weight decay ")
-  return _TITLES.get(name, name.replace("_", " "))
+  return _TITLES.get(name, re.sub(r"_map$", "_mAP", name).replace("_", " "))
 
 
 def is_percent(score: str) -> bool:
@@ -134,8 +134,10 @@ def _labels(record: Record) -> str:
   ranks = [v for _, v in record.series("rank") if v is not None]
   # "Main": of the strongest few alone; the effective rank of an evaluation counts weak ones too, and is often ten times it.
   rank = f" Embeddings of a batch fill {ranks[-1]:.1f} main directions ({ranks[0]:.1f} at first)." if ranks else ""
+  copies = any(e.name == "copy_detection" and e.scores for e in record.latest)
+  asked = " Copy detection asks how well altered copies of an image find it again." if copies else ""
   return (
-    f"The images have no labels, so nothing here is an accuracy.{rank} Whether the features are of use is seen in the"
+    f"The images have no labels, so nothing here is an accuracy.{asked}{rank} Whether the features are of use is seen in the"
     " pictures: nearest neighbors should show the same things, not the same colors."
   )
 
