@@ -52,7 +52,7 @@ def cifar10() -> dict:
 def imagenet21k() -> dict:
   """FlexiViT-B on ImageNet-21k, 21,843 classes, batch 4096; the paper also trains 300 and 1000 epochs.
 
-  Own differences: no RandAugment(2, 10), first moments in float32. The data are a folder per class, or a data set that you
+  Own difference from the public config: first moments in float32. The data are a folder per class, or a data set that you
   prepared for TFDS:
 
   Command: python -m big_ssl.main --config=configs/flexivit.py:imagenet21k --data=IMAGENET21K_FOLDER
@@ -61,7 +61,17 @@ def imagenet21k() -> dict:
   return common.imagenet_run(total="90epochs", batch_size=4096) | dict(
     data=dict(source="tfds:imagenet21k"),
     method=dict(
-      name="supervised", sigmoid=True, zero_init=True, mixup=0.2, size=240, scale=(0.05, 1.0), mean=half, std=half, eval_fraction=240 / 272
+      name="supervised",
+      sigmoid=True,
+      zero_init=True,
+      mixup=0.2,
+      rand_augment=common.randaug_tf(),
+      size=240,
+      scale=(0.05, 1.0),
+      antialias=False,
+      mean=half,
+      std=half,
+      eval_fraction=240 / 272,
     ),
     model=dict(name="flexivit", kernel_patch=8),
     optim=_adam(lr=1e-3, warmup="10000steps"),

@@ -33,6 +33,7 @@ class Supervised(Method):
     hidden_layers: with BN and ReLU, between the trunk and the classifier. With 1 a run that starts from PAWS, or from SwAV
       as SEER, keeps the first layer of its projection head (arXiv 2104.13963, 2202.08360; released code).
     hidden_dim: their width; 0 is that of the trunk.
+    pre_logits: width of a linear layer with tanh before the classifier (big_vision's rep_size); 0 has none.
     zero_init: the classifier starts at 0.
     label_smoothing: s; the target is 1 - s + s/K on the class and s/K elsewhere.
     mixup, cutmix: alphas of their Beta(alpha, alpha), 0 is none; one draw per step (`augment.mixup`).
@@ -40,15 +41,18 @@ class Supervised(Method):
     sigmoid: sigmoid cross-entropy summed over the classes in place of softmax, and a classifier whose biases start at -10
       (big_vision's ImageNet-21k).
     size, scale, interpolation: of the training crop; evaluation has the same size and interpolation.
+    antialias: of the training crop; False is TensorFlow's resize, and big_vision's.
     squash: whole images, squashed, in training (with a flip) and evaluation: for objects that a crop would lose.
     color_strength: of the jitter, 0 is none; grayscale, blur: probabilities, as in SwAV's and SEER's views.
-    rand_augment: RandAugment, such as dict(layers=2, magnitude=9, std=0.5); what geometry leaves empty is `mean`.
+    rand_augment: RandAugment, such as dict(layers=2, magnitude=9, std=0.5); what geometry leaves empty is `mean`, with
+      style="tf" gray.
     mean, std: pixel normalization.
     eval_fraction: share of the shorter side kept in evaluation.
   """
 
   hidden_layers: int = 0
   hidden_dim: int = 0
+  pre_logits: int = 0
   zero_init: bool = False
   label_smoothing: float = 0.0
   mixup: float = 0.0
@@ -58,6 +62,7 @@ class Supervised(Method):
   size: Size = 224
   scale: tuple[float, float] = (0.08, 1.0)
   interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+  antialias: bool = True
   squash: bool = False
   color_strength: float = 0.0
   grayscale: float = 0.0
@@ -71,7 +76,7 @@ class Supervised(Method):
 
   def __post_init__(self):
     check_channels(self)
-    check_least(self, mixup=0.0, cutmix=0.0, hidden_layers=0, hidden_dim=0)
+    check_least(self, mixup=0.0, cutmix=0.0, hidden_layers=0, hidden_dim=0, pre_logits=0)
     check_shares(self, "switch_prob", "label_smoothing")
     if getattr(self.model, "patch_sizes", ()):
       check_patches(self, "size")
@@ -81,15 +86,18 @@ class Supervised(Method):
     return not (self.mixup or self.cutmix)
 
   def inputs(self) -> Inputs:
-    s = self.color_strength
+    s, rand_augment = self.color_strength, self.rand_augment
+    if rand_augment and rand_augment.style == "timm":
+      rand_augment = dataclasses.replace(rand_augment, fill=rand_augment.fill or self.mean)
     operations = (
-      self.rand_augment and dataclasses.replace(self.rand_augment, fill=self.rand_augment.fill or self.mean),
+      rand_augment,
       s and ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
       self.grayscale and Grayscale(p=self.grayscale),
       self.blur and GaussianBlur(p=self.blur),
     )
     augment = (*(o for o in operations if o), *normalize(self))
-    view = View(name="crop", size=self.size, scale=self.scale, interpolation=self.interpolation, augment=augment)
+    resize = {"interpolation": self.interpolation, "antialias": self.antialias}
+    view = View(name="crop", size=self.size, scale=self.scale, **resize, augment=augment)
     return Inputs(views=(dataclasses.replace(view, crop="none") if self.squash else view,), keys=("label",))
 
   def eval_view(self) -> View:
@@ -100,7 +108,7 @@ class Supervised(Method):
   def encoder(self) -> Encoder:
     hidden = (self.hidden_dim,) * self.hidden_layers
     bias = -10.0 if self.sigmoid else 0.0
-    head = Classifier(self.num_classes, hidden=hidden, zero_init=self.zero_init, bias_init=bias)
+    head = Classifier(self.num_classes, hidden=hidden, pre_logits=self.pre_logits, zero_init=self.zero_init, bias_init=bias)
     return Encoder(backbone=self.model, head=head)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:

@@ -1,5 +1,6 @@
 """Supervised training and fine-tuning: mixtures, views, heads, the sigmoid loss, and mistakes."""
 
+import engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,9 @@ def test_views_have_the_operations_of_the_recipe_in_their_order():
   assert [type(o) for o in view.augment] == [RandAugment, ColorJitter, Grayscale, GaussianBlur, Normalize]
   assert view.augment[0] == RandAugment(magnitude=7.0, fill=method.mean)
   assert view.interpolation == method.eval_view().interpolation == "bicubic"
+  sharp = METHOD.replace(rand_augment=RandAugment(style="tf"), antialias=False)
+  assert sharp.inputs().views[0].augment[0].fill == () and METHOD.inputs().views[0].antialias  # a gray of its own
+  assert not sharp.inputs().views[0].antialias and sharp.eval_view().antialias
   assert [type(o) for o in METHOD.inputs().views[0].augment] == [Normalize]
 
 
@@ -81,6 +85,30 @@ def test_a_head_has_hidden_layers_of_its_own_width():
   params, _ = METHOD.replace(hidden_layers=1, hidden_dim=24).init(jax.random.key(0), BATCH)
   head = params["encoder"]["head"]
   assert head["fc1"]["kernel"].shape == (16, 24) and head["fc"]["kernel"].shape == (24, 5)
+
+
+def test_a_tanh_layer_comes_before_the_classifier():
+  method = METHOD.replace(pre_logits=24)
+  params, extra = method.init(jax.random.key(0), BATCH)
+  head = params["encoder"]["head"]
+  features = method.features(params, extra, {"image": BATCH["crop"]})
+  hidden = np.tanh(features["pooled"] @ head["pre_logits"]["kernel"] + head["pre_logits"]["bias"])
+  np.testing.assert_allclose(features["logits"], hidden @ head["fc"]["kernel"] + head["fc"]["bias"], atol=1e-5)
+
+
+def test_the_plain_vit_has_the_constants_of_the_public_code():
+  config = engine.load("supervised", "imagenet")
+  method, o, model = config.method, config.optim, config.model
+  flexible = engine.load("flexivit", "imagenet21k").method
+  for fields in (method, flexible):
+    assert RandAugment(**fields["rand_augment"]) == RandAugment(style="tf", layers=2, magnitude=10.0, std=0.0, p=1.0)
+    assert (fields["mixup"], fields["scale"], fields["mean"], fields["antialias"]) == (0.2, (0.05, 1.0), (0.5, 0.5, 0.5), False)
+  assert (model["pos_table"], model["class_token"], model["gelu"], method["pre_logits"]) == ("sincos2d", False, "tanh", 384)
+  assert (o.lr, o.weight_decay, o.clip, str(o.warmup), str(config.total), config.batch_size) == (1e-3, 0.1, 1.0, "10000steps", "90epochs", 1024)
+  table = (engine.ROOT / "tests" / "tables" / "supervised-imagenet.txt").read_text()
+  decay = {line.split()[0]: line.split()[-5] for line in table.splitlines()[1:-1]}
+  assert all((value == "1") == name.endswith("kernel") for name, value in decay.items())
+  assert "encoder/head/pre_logits/kernel" in decay and "pos_embed" not in table and "cls_token" not in table
 
 
 def test_mixup_draws_anew_in_every_step_and_forbids_microbatches():
@@ -103,7 +131,7 @@ def test_a_patch_size_that_cuts_the_images_is_an_error():
     METHOD.replace(model=MODEL.clone(patch_sizes=(6, 8)).at_patch(6))
 
 
-@pytest.mark.parametrize("field,value", [("mixup", -0.5), ("cutmix", -1.0), ("switch_prob", 1.5), ("label_smoothing", 2.0), ("hidden_dim", -1)])
+@pytest.mark.parametrize("field,value", [("mixup", -0.5), ("cutmix", -1.0), ("switch_prob", 1.5), ("label_smoothing", 2.0), ("hidden_dim", -1), ("pre_logits", -1)])
 def test_fields_out_of_range_are_named(field, value):
   with pytest.raises(UserError, match=f"config.method.{field}={value}"):
     METHOD.replace(**{field: value})
