@@ -52,8 +52,9 @@ def cifar10() -> dict:
 def imagenet21k() -> dict:
   """FlexiViT-B on ImageNet-21k, 21,843 classes, batch 4096; the paper also trains 300 and 1000 epochs.
 
-  Own difference from the public config: first moments in float32. The data are a folder per class, or a data set that you
-  prepared for TFDS:
+  As the public code (i21k_sup.py), which holds 51,200 images out of training. Own differences: first moments in float32,
+  bilinear weights in evaluation (means of areas there). The data are a folder per class, or a data set that you prepared
+  for TFDS:
 
   Command: python -m big_ssl.main --config=configs/flexivit.py:imagenet21k --data=IMAGENET21K_FOLDER
   """

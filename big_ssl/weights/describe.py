@@ -163,6 +163,12 @@ HUGGING_FACE = {
   "norm": f"{_LAYER}.layernorm_before.weight",
 }
 DINOV2_HF = HUGGING_FACE | {"fc1": f"{_LAYER}.mlp.fc1.weight", "norm": f"{_LAYER}.norm1.weight"}
+_FIRST = "encoder.layers.encoder_layer_0"
+TORCHVISION = {
+  **{"patch": "conv_proj.weight", "positions": "encoder.pos_embedding", "cls": "class_token", "block": f"{_FIRST}."},
+  **{"fc1": f"{_FIRST}.mlp.0.weight", "qkv_bias": f"{_FIRST}.self_attention.in_proj_bias", "norm": f"{_FIRST}.ln_1.weight"},
+  **dict.fromkeys(("swiglu", "registers", "scale"), ""),
+}
 
 
 def flax_vit(shapes: Shapes, *, table: str, block: str, scanned: bool, patch: str, given: Fields) -> Fields:

@@ -30,10 +30,11 @@ _PLAIN = {"class_token": (True,), "norm": ("layernorm",), "norm_bias": (True,), 
 _FIRST = _PLAIN | {"mlp": ("gelu",), "layer_scale": (None,), "registers": (0,)}
 _RUNS = {  # values of fields with which the code behind a layout gives the same numbers; its files have names for more
   **dict.fromkeys(("dino", "msn", "hf_vit"), _FIRST),
+  "torchvision_vit": _FIRST | {"qkv_bias": (True,), "gelu": ("exact",)},
   **dict.fromkeys(("dinov2", "dinov2_registers", "hf_dinov2", "hf_dinov2_registers"), _PLAIN),
   "bigvision": _FIRST | {"class_token": (True, False), "qkv_bias": (True,)},
 }
-_SLOT = ("dino", "msn", "dinov2", "dinov2_registers", "hf_vit", "hf_dinov2", "hf_dinov2_registers")
+_SLOT = ("dino", "msn", "dinov2", "dinov2_registers", "hf_vit", "hf_dinov2", "hf_dinov2_registers", "torchvision_vit")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -335,12 +335,15 @@ def tensor(theirs: str, ours: str, move: Move = SAME) -> tuple[Rule, ...]:
   return (Rule(theirs, f"params/{ours}", move),)
 
 
-def fused_attention(qkv: str, out: str, ours: str, *, heads: int) -> tuple[Rule, ...]:
-  """torch's rows [q | k | v] in one tensor and the output projection <-> `models.attention.MultiHeadAttention`."""
+def fused_attention(qkv: str, out: str, ours: str, *, heads: int, joint: str = ".") -> tuple[Rule, ...]:
+  """torch's rows [q | k | v] in one tensor and the output projection <-> `models.attention.MultiHeadAttention`.
+
+  `joint` is what stands before "weight" and "bias" of that tensor: "_" in torch's own MultiheadAttention.
+  """
   part = lambda leaf: tuple(f"params/{ours}/{name}/{leaf}" for name in QKV)
   return (
-    Rule(f"{qkv}.weight", part("kernel"), chain(rows(3), heads_kernel(heads))),
-    Rule(f"{qkv}.bias", part("bias"), chain(rows(3), heads_bias(heads))),
+    Rule(f"{qkv}{joint}weight", part("kernel"), chain(rows(3), heads_kernel(heads))),
+    Rule(f"{qkv}{joint}bias", part("bias"), chain(rows(3), heads_bias(heads))),
     *_attention_out(out, ours, heads=heads),
   )
 

@@ -1,4 +1,4 @@
-"""Rules of Vision Transformers in torch files: DINO, MSN, DINOv2, timm, and Hugging Face's ViT, ViTMSN and Dinov2."""
+"""Rules of Vision Transformers in torch files: DINO, MSN, DINOv2, timm, torchvision, and Hugging Face's ViT, ViTMSN and Dinov2."""
 
 from __future__ import annotations
 
@@ -93,9 +93,26 @@ def hugging_face(*, heads: int, dinov2: bool) -> tuple[Rule | Keep, ...]:
   )
 
 
-def _tokens(cls: str, positions: str, registers: str) -> tuple[Rule, ...]:
+def torchvision(*, heads: int) -> tuple[Rule | Keep, ...]:
+  """The names of torchvision's `VisionTransformer`; those of its first files are others (`mlp.linear_1`)."""
+  block, ours = "encoder.layers.encoder_layer_{i}", "backbone/block_{i}"
+  attention = f"{block}.self_attention"
+  return (
+    *_tokens("class_token", "encoder.pos_embedding"),
+    *conv("conv_proj", "backbone/patch_embed/conv"),
+    *norm("encoder.ln", "backbone/norm/norm"),
+    *norm(f"{block}.ln_1", f"{ours}/norm1/norm"),
+    *norm(f"{block}.ln_2", f"{ours}/norm2/norm"),
+    *fused_attention(f"{attention}.in_proj", f"{attention}.out_proj", f"{ours}/attention", heads=heads, joint="_"),
+    *linear(f"{block}.mlp.0", f"{ours}/mlp/fc1"),
+    *linear(f"{block}.mlp.3", f"{ours}/mlp/fc2"),
+    *classifier("heads.head"),
+  )
+
+
+def _tokens(cls: str, positions: str, registers: str = "") -> tuple[Rule, ...]:
   names = {cls: "cls_token", positions: "pos_embed", registers: "registers"}
-  return tuple(rule for theirs, ours in names.items() for rule in tensor(theirs, f"backbone/{ours}"))
+  return tuple(rule for theirs, ours in names.items() if theirs for rule in tensor(theirs, f"backbone/{ours}"))
 
 
 def _swiglu(first: str, last: str, ours: str) -> tuple[Rule, ...]:

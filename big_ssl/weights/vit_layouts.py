@@ -1,4 +1,4 @@
-"""Layouts of Vision Transformers: DINO, MSN, DINOv2, timm, Hugging Face, big_vision, LOCA."""
+"""Layouts of Vision Transformers: DINO, MSN, DINOv2, timm, torchvision, Hugging Face, big_vision, LOCA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from big_ssl.weights.keymap import Keep, tensor
 _TIMM_VIT = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 _TORCH_VIT = ("cls_token", *_TIMM_VIT)
 _HF_VIT = ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight")
+_LINEAR = re.compile(r"\.mlp\.linear_([12])\.")
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
@@ -38,6 +39,10 @@ def _timm_vit(fields: Fields, names: Collection[str]) -> Rules:
   scale = "gamma_{}" if describe.matches(names, r"blocks\.\d+\.gamma_1") else "ls{}.gamma"
   rules = vit.official(heads=count, registers="reg_token", timm_swiglu=swiglu, scale=scale)
   return rules + vit.more_norms() + vit.attention_pool(heads=count) + heads.classifier("head")
+
+
+def _torchvision_name(name: str) -> str:
+  return _LINEAR.sub(lambda m: f".mlp.{3 * int(m[1]) - 3}.", prefixes(*DDP)(name))
 
 
 def _timm_parallel(fields: Fields, names: Collection[str]) -> Rules:
@@ -147,6 +152,17 @@ VIT_LAYOUTS: tuple[Layout, ...] = (
     rules=_timm_parallel,
     fixed={"pos_rule": "antialias", "block": "parallel"},
     normalization=None,
+  ),
+  Layout(
+    name="torchvision_vit",
+    title="torchvision ViT",
+    format="torchvision",
+    model="vit",
+    marks=("class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.layers.encoder_layer_0.ln_1.weight"),
+    clean=_torchvision_name,
+    fields=_torch_vit(describe.TORCHVISION),
+    rules=lambda fields, names: vit.torchvision(heads=heads_of(fields)),
+    fixed={"pos_rule": "hf"},
   ),
   Layout(
     name="hf_vit",

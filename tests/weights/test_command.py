@@ -118,6 +118,12 @@ def exported(form, **fields):
   return export.prepare(saved, form=form), lambda: np.asarray(model.apply({"params": params}, images, train=False)["tokens"])
 
 
+def test_a_format_that_has_no_such_network_is_named_with_those_that_have():
+  saved = transfer.Saved(Weights({}, {}), {"model": {"name": "resmlp"}}, "student")
+  with pytest.raises(UserError, match="--format=torchvision: not for config.model.name='resmlp'; there are .*timm.*safetensors"):
+    export.prepare(saved, form="torchvision")
+
+
 @pytest.mark.parametrize(
   "form,fields,layout",
   [
@@ -126,6 +132,7 @@ def exported(form, **fields):
     ("timm", dict(name="vit22b", dtype="float32"), "timm_parallel_vit"),
     ("timm", dict(name="flexivit", kernel_patch=4, pos_grid=2), "timm_vit"),
     ("bigvision", dict(pos_table="sincos2d"), "bigvision"),
+    ("torchvision", dict(class_position=False), "torchvision_vit"),
   ],
 )
 def test_an_export_has_the_layout_whose_code_runs_the_network(form, fields, layout):
@@ -329,7 +336,6 @@ def test_mistakes_are_one_line_each(vit_file, tmp_path, golden, capsys):
   capsys.readouterr()
   assert "holds checkpoints already" in error(capsys, "import", vit_file, to, HEADS, "--layout=dino")
   assert "Did you mean 'timm'" in error(capsys, "export", tmp_path / "d", "--format=tim", "--to=x")
-  assert "not for config.model.name='vit'" in error(capsys, "export", tmp_path / "d", "--format=torchvision", "--to=x")
   assert ".safetensors" in error(capsys, "export", tmp_path / "d", "--format=timm", f"--to={tmp_path}/x.bin")
 
 

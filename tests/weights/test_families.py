@@ -138,6 +138,7 @@ REGNET = dict(name="regnet", variant="custom", widths=(8, 16), depths=(1, 2), gr
     ("timm_parallel_vit", PARALLEL, dict(qkv_bias=False, norm="rmsnorm", class_token=False, pool="map"), "blocks.1.mlp_bias"),
     ("hf_vit", VIT, dict(qkv_bias=False), "encoder.layer.0.attention.attention.query.weight"),
     ("hf_dinov2_registers", VIT, dict(qkv_bias=False, mlp="swiglu", registers=1), "encoder.layer.0.mlp.weights_in.weight"),
+    ("torchvision_vit", VIT, dict(), "encoder.layers.encoder_layer_1.self_attention.in_proj_weight"),
     ("torchvision_resnet", RESNET, dict(groups=4), "layer1.0.conv2.weight"),
     ("hf_regnet", REGNET, dict(se_ratio=0.0), "encoder.stages.0.layers.0.layer.2.convolution.weight"),
     ("timm_regnet", REGNET, dict(se_ratio=0.0), "s1.b1.conv3.conv.weight"),
@@ -158,6 +159,15 @@ def test_the_bias_of_a_fused_projection_begins_with_that_of_the_mlp():
   flat = {k: np.full(shape, "mlp" in k, np.float32) for k, shape in transfer.expected(PARALLEL).items()}
   bias = dump("timm_parallel_vit", Weights.of(flat), **PARALLEL, qkv_bias=True)["blocks.0.in_proj.bias"]
   np.testing.assert_array_equal(bias, [1] * 40 + [0] * 72)
+
+
+def test_the_first_files_of_torchvision_have_other_names():
+  flat = {k: np.full(s, "fc2" in k, np.float32) for k, s in transfer.expected(VIT).items()}
+  older = lambda name: name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
+  named = {older(k): v for k, v in dump("torchvision_vit", Weights.of(flat), **VIT).items()}
+  found = convert(named, layout=detect(named, LAYOUTS), given={"heads": 3}, expected=transfer.expected)
+  assert found.tensors().keys() == named.keys() and "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in named
+  assert all(np.array_equal(value, flat[k]) for k, value in found.weights.flat().items())
 
 
 def test_layer_scale_of_deit_iii_has_names_of_its_own():

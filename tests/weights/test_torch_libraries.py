@@ -44,6 +44,12 @@ def torchvision_resnet(depth, kind="resnet"):
   return model
 
 
+def torchvision_vit():
+  vit = pytest.importorskip("torchvision").models.VisionTransformer(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=100)
+  vit.heads = torch.nn.Identity()
+  return vit
+
+
 HF_VIT = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
 HF_REGNET = dict(embedding_size=32, hidden_sizes=(48, 104, 208, 440), depths=(1, 3, 6, 6), groups_width=8, layer_type="y")
 HEADS = dict(heads=3)
@@ -63,6 +69,7 @@ CASES = {
   ),
   "timm ViT with SwiGLU": (lambda: timm_swiglu(), "timm_vit", HEADS, 32, lambda m, x: m(x)),
   "timm ViT of parallel blocks": (lambda: timm_parallel(), "timm_parallel_vit", HEADS, 32, lambda m, x: m(x)),
+  "torchvision ViT": (lambda: torchvision_vit(), "torchvision_vit", HEADS, 32, lambda m, x: m(x)),
   "timm RegNetX": (lambda: timm_model("regnetx_004"), "timm_regnet", {}, 64, lambda m, x: m(x)),
   "torchvision ResNeXt-50": (lambda: torchvision_resnet("50_32x4d", "resnext"), "torchvision_resnet", {}, 64, lambda m, x: m(x)),
   "timm XCiT": (lambda: timm_model("xcit_nano_12_p16_224"), "timm_xcit", {}, 64, lambda m, x: m(x)),
