@@ -4,6 +4,7 @@
   configs/finetune.py:vit_imagenet  ViT-B/16 of MSN, all labels, with layer decay, RandAugment, mixup and cutmix
   configs/finetune.py:swav_1pct     ResNet-50 of SwAV, a fast head on a slow trunk; swav_10pct
   configs/finetune.py:paws_1pct     ResNet-50 of PAWS with the first layer of its head; paws_10pct
+  configs/finetune.py:simclr_v2_1pct  ResNet-50 of SimCLR v2 with the first layer of its head; simclr_v2_10pct
   configs/finetune.py:seer_384      RegNetY-128GF of SEER at 384 px, all labels
   configs/finetune.py:seer_1pct     the same with the first layer of its head; seer_10pct
   configs/finetune.py:seer_low_shot 1,000 labeled images of a small data set, squashed
@@ -23,8 +24,9 @@ from configs import common
 
 
 def get_config(recipe: str = "sprites") -> ml_collections.ConfigDict:
-  swav, paws, seer = (swav_1pct, swav_10pct), (paws_1pct, paws_10pct), (seer_384, seer_1pct, seer_10pct, seer_low_shot)
-  return common.pick("finetune", recipe, sprites, vit_imagenet, *swav, *paws, *seer)
+  swav, paws, simclr = (swav_1pct, swav_10pct), (paws_1pct, paws_10pct), (simclr_v2_1pct, simclr_v2_10pct)
+  seer = (seer_384, seer_1pct, seer_10pct, seer_low_shot)
+  return common.pick("finetune", recipe, sprites, vit_imagenet, *swav, *paws, *simclr, *seer)
 
 
 def sprites() -> dict:
@@ -133,6 +135,31 @@ def _paws(recipe: str, *, labels_per_class: int) -> dict:
     method=dict(name="supervised", hidden_layers=1, zero_init=True),
     model=dict(name="resnet", depth=50),
     optim=dict(name="sgd", lr=0.02, schedule="cosine", momentum=0.9, nesterov=True, lr_in_momentum=True),
+  )
+
+
+def simclr_v2_1pct() -> dict:
+  """ResNet-50 from configs/simclr.py:imagenet_v2 with the first layer of its head, 1 % of the labels: 57.9 (arXiv 2006.10029).
+
+  Crops and flips only, LARS with lr .005 * sqrt(batch), batch 1024, 60 epochs, no decay (official README); no warm-up is
+  remembered. For selective kernels the fields of config.model of that run.
+
+  Command: python -m big_ssl.main --config=configs/finetune.py:simclr_v2_1pct --data_dir=DIR_OF_TFDS
+    --config.init_from.path=runs/simclr-imagenet_v2
+  """
+  return _simclr_v2("60epochs", part="1pct")
+
+
+def simclr_v2_10pct() -> dict:
+  """The same with 10 % of the labels: 68.4. (mem): the 30 epochs are remembered."""
+  return _simclr_v2("30epochs", part="10pct")
+
+
+def _simclr_v2(total: str, *, part: str) -> dict:
+  return _imagenet(total, batch_size=1024, start="runs/simclr-imagenet_v2", part=part) | dict(
+    method=dict(name="supervised", hidden_layers=1, zero_init=True, mean=(), std=()),
+    model=dict(name="resnet", depth=50, zero_init_gamma=True),
+    optim=dict(name="lars", lr=0.005, lr_scale="sqrt", schedule="cosine", momentum=0.9, lr_in_momentum=True),
   )
 
 

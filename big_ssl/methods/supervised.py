@@ -30,8 +30,8 @@ class Supervised(Method):
   """Classification of `label`.
 
   Attributes:
-    hidden_layers: with BN and ReLU, between the trunk and the classifier. With 1 a run that starts from PAWS, or from SwAV
-      as SEER, keeps the first layer of its projection head (arXiv 2104.13963, 2202.08360; released code).
+    hidden_layers: with BN and ReLU, between the trunk and the classifier. With 1 a run that starts from PAWS or SimCLR v2,
+      or from SwAV as SEER, keeps the first layer of its projection head (arXiv 2104.13963, 2006.10029, 2202.08360).
     hidden_dim: their width; 0 is that of the trunk.
     pre_logits: width of a linear layer with tanh before the classifier (big_vision's rep_size); 0 has none.
     zero_init: the classifier starts at 0.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from big_ssl.core.types import Array, UserError
 from big_ssl.models.layers import Backbone, BatchNorm, check_images
+from big_ssl.models.selective_kernel import StreamMixture, pooled_shortcut
 from big_ssl.models.sobel import Sobel
 
 BLOCKS = {
@@ -36,6 +37,7 @@ class ResNetBlock(nn.Module):
     zero_init_gamma: the last BN starts at 0, the block as the identity (SimCLR: yes; SwAV, PAWS, DINO: no).
     width_per_group: /64 is a factor on the inner width of a bottleneck alone.
     groups: of the 3x3 convolution of a bottleneck, a factor on its inner width too.
+    sk_ratio: above 0, selective kernels in the place of the 3x3 convolution, and pooled shortcuts.
     preactivation: BN and ReLU before each convolution; a shortcut that is projected starts after the first of them, an
       identity at the raw input, and nothing follows the sum (1901.09005, public code).
     norm, kernel_init: BN and the initializer of the kernels.
@@ -51,6 +53,7 @@ class ResNetBlock(nn.Module):
   width_per_group: int = 64
   preactivation: bool = False
   groups: int = 1
+  sk_ratio: float = 0.0
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
@@ -58,7 +61,7 @@ class ResNetBlock(nn.Module):
     out = self.width * (4 if self.bottleneck else 1)
     if self.bottleneck:
       inner = self.width * self.width_per_group // 64 * self.groups
-      kernels = [(inner, 1, 1), (inner, 3, self.stride), (out, 1, 1)]
+      kernels = [(inner, 1, 1), (inner * (2 if self.sk_ratio else 1), 3, self.stride), (out, 1, 1)]
     else:
       kernels = [(self.width, 3, self.stride), (out, 3, 1)]
     y, projected = x, x.shape[-1] != out or self.stride != 1
@@ -73,8 +76,11 @@ class ResNetBlock(nn.Module):
       y = conv(features, (kernel, kernel), name=f"conv{i}", **strided)(y)
       if not self.preactivation:
         y = bn(y, train=train) if last else nn.relu(bn(y, train=train))
+      if self.sk_ratio and kernel == 3:
+        y = StreamMixture(self.sk_ratio, norm, self.kernel_init, self.dtype, name="mixture")(y, train=train)
     if projected:
-      x = conv(out, (1, 1), strides=(self.stride, self.stride), padding=0, name="downsample_conv")(x)
+      x, stride = (pooled_shortcut(x, stride=self.stride), 1) if self.sk_ratio else (x, self.stride)
+      x = conv(out, (1, 1), strides=(stride, stride), padding=0, name="downsample_conv")(x)
       x = x if self.preactivation else norm(name="downsample_bn")(x, train=train)
     return x + y if self.preactivation else nn.relu(x + y)
 
@@ -101,6 +107,8 @@ class ResNet(Backbone):
     width_per_group: torchvision's factor on the inner width of bottlenecks, over 64: 128 is wide_resnet50_2.
     groups: of the 3x3 convolutions of bottlenecks, whose inner width they multiply: 32, with a width_per_group of 4, is
       resnext50_32x4d (arXiv 1611.05431).
+    sk_ratio: SimCLR v2's selective kernels in bottlenecks, 0.0625 there, and with them ResNet-D: a stem of three 3x3
+      convolutions and pooled shortcuts; 0 is none.
     sobel: reads gradients of gray instead of color (DeepCluster).
     dtype: compute dtype.
   """
@@ -121,6 +129,7 @@ class ResNet(Backbone):
   stem_width: int = 64
   width_per_group: int = 64
   groups: int = 1
+  sk_ratio: float = 0.0
   sobel: bool = False
   channels: int = 3
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -135,6 +144,11 @@ class ResNet(Backbone):
       )
     if self.groups < 1 or (self.groups > 1 and self.depth < 50):
       raise UserError(f"config.model.groups={self.groups}: at least 1, and more only with bottlenecks (config.model.depth=50 or more).")
+    plain = self.depth >= 50 and self.groups == 1 and not self.preactivation
+    if self.sk_ratio < 0 or (self.sk_ratio and not plain):
+      raise UserError(
+        f"config.model.sk_ratio={self.sk_ratio}: 0, or above it with bottlenecks (config.model.depth=50 or more), groups=1 and no preactivation."
+      )
     blocks = self.blocks or BLOCKS[self.depth]
     if len(self.strides) < len(blocks) - 1 or min((1, *self.strides)) < 1:
       raise UserError(f"config.model.strides={self.strides}: expected {len(blocks) - 1}, of each stage but the first.")
@@ -178,6 +192,7 @@ class ResNet(Backbone):
           self.width_per_group,
           self.preactivation,
           self.groups,
+          self.sk_ratio,
           name=f"layer{stage + 1}_{i}",
         )
         x = block(x, train=train)
@@ -193,16 +208,13 @@ class ResNet(Backbone):
     }
 
   def _stem(self, x: Array, *, init: nn.initializers.Initializer, norm: Callable[..., BatchNorm], train: bool) -> Array:
+    width = self.stem_width * self.width
     kernel, stride = (3, 1) if self.stem == "cifar" else (7, 2)
     stride = self.stem_stride or stride
-    x = nn.Conv(
-      self.stem_width * self.width,
-      (kernel, kernel),
-      strides=(stride, stride),
-      padding=kernel // 2,
-      use_bias=False,
-      kernel_init=init,
-      dtype=self.dtype,
-      name="conv1",
-    )(x)
+    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=init, dtype=self.dtype)
+    if self.sk_ratio and self.stem != "cifar":  # ResNet-D
+      for i in range(2):
+        x = conv(width // 2, (3, 3), strides=(stride, stride), padding=1, name=f"stem_conv{i + 1}")(x)
+        x, kernel, stride = nn.relu(norm(name=f"stem_bn{i + 1}")(x, train=train)), 3, 1
+    x = conv(width, (kernel, kernel), strides=(stride, stride), padding=kernel // 2, name="conv1")(x)
     return x if self.preactivation else nn.relu(norm(name="bn1")(x, train=train))

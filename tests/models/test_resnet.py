@@ -3,13 +3,16 @@
 import copy
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from big_ssl.core.types import UserError
+from big_ssl.models.layers import BatchNorm
 from big_ssl.models.resnet import ResNet
+from big_ssl.models.selective_kernel import StreamMixture, pooled_shortcut
 from big_ssl.weights.families import dump, load
 from big_ssl.weights.keymap import KeyMap, Weights
 from big_ssl.weights.revisiting import resnet_rules
@@ -88,6 +91,46 @@ def test_the_deepest_one_has_24_and_36_blocks_in_the_middle():
   assert millions(ResNet(depth=200)) == 62.625  # 64.674 with a classifier of 1000 classes, as timm's
 
 
+@pytest.mark.parametrize("depth,width,published", [(50, 1, 35), (101, 1, 65), (152, 1, 89), (50, 2, 140), (152, 3, 795)])
+def test_selective_kernels_have_the_published_parameters(depth, width, published):
+  assert round(millions(ResNet(depth=depth, width=width, sk_ratio=0.0625))) == published  # arXiv 2006.10029, table 1
+
+
+def test_two_streams_are_mixed_by_the_softmax_of_what_their_sum_says():
+  x = jax.random.normal(jax.random.key(0), (2, 5, 6, 80))
+  norm = functools.partial(BatchNorm, momentum=0.9)
+  module = StreamMixture(0.0625, norm, nn.initializers.normal(0.3), "float32")
+  variables = module.init(jax.random.key(1), x, train=False)
+  p, streams = jax.tree.map(np.asarray, variables["params"]), np.asarray(x).reshape(2, 5, 6, 2, 40)
+  assert p["reduce"]["kernel"].shape == (1, 1, 40, 32)  # 40 / 16 is below the least
+  hidden = streams.sum(3).mean((1, 2)) @ p["reduce"]["kernel"][0, 0] / np.sqrt(1 + 1e-5)
+  logits = (np.maximum(hidden, 0) @ p["expand"]["kernel"][0, 0]).reshape(2, 2, 40)
+  share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  np.testing.assert_allclose(module.apply(variables, x, train=False), np.einsum("nhwsc,nsc->nhwc", streams, share), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_a_pooled_shortcut_is_the_mean_of_two_by_two(side):
+  x = np.asarray(jax.random.normal(jax.random.key(0), (1, side, side, 1)))[0, ..., 0]
+  pool = lambda stride: np.asarray(pooled_shortcut(jnp.asarray(x)[None, ..., None], stride=stride))[0, ..., 0]
+  parts = lambda i, j: x[i : i + 2, j : j + 2]
+  np.testing.assert_allclose(pool(1), [[parts(i, j).mean() for j in range(side)] for i in range(side)], atol=1e-6)
+  np.testing.assert_allclose(pool(2), [[parts(i, j).sum() / 4 for j in range(0, side, 2)] for i in range(0, side, 2)], atol=1e-6)
+
+
+def test_selective_kernels_stride_halves_the_maps_and_the_stem_has_three_convolutions():
+  model = ResNet(depth=50, stem_width=8, blocks=(1, 1), strides=(2,), sk_ratio=0.0625)
+  out, variables = model.init_with_output(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=True)
+  assert [s.shape[1:] for s in out["stages"]] == [(16, 16, 8), (8, 8, 32), (4, 4, 64)]
+  assert {k: v["kernel"].shape for k, v in variables["params"].items() if "conv" in k} == {
+    "stem_conv1": (3, 3, 3, 4),
+    "stem_conv2": (3, 3, 4, 4),
+    "conv1": (3, 3, 4, 8),
+  }
+  cifar = ResNet(depth=50, stem="cifar", stem_width=8, blocks=(1,), strides=(), sk_ratio=0.0625)
+  assert "stem_conv1" not in cifar.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)["params"]
+
+
 def test_the_network_of_the_architecture_study_is_reproduced_at_every_end_point(golden):
   z = golden("revisiting_resnet")
   state = {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")}
@@ -155,6 +198,7 @@ def test_the_initial_kernels_are_he_normal_or_glorot_uniform():
   [
     ({"depth": 51}, "config.model.depth=51"),
     ({"last_relu": False}, "config.model.last_relu=False: every block ends with a ReLU"),
+    ({"depth": 18, "sk_ratio": 0.0625}, "config.model.sk_ratio=0.0625: .*with bottlenecks"),
     ({"strides": (2, 2)}, "config.model.strides=.*expected 3"),
     ({"channels": 1}, "config.model.channels=1: the images have 3"),
   ],
