@@ -63,14 +63,18 @@ def imagenet() -> dict:
 
 
 def imagenet_vgg16() -> dict:
-  """VGG-16 with BN on Sobel gradients, otherwise as AlexNet; VOC07 detection 65.9 (from memory of the paper)."""
+  """VGG-16 with BN on Sobel gradients, otherwise as AlexNet; VOC07 detection 65.9 (from memory of the paper).
+
+  So is the optimizer. How many epochs it took is not known.
+  """
   return _imagenet(model=dict(name="vgg", sobel=True))
 
 
 def imagenet_pic() -> dict:
-  """AlexNet with power iteration clustering on the graph of 5 nearest neighbors, 200 iterations; results a little below k-means.
+  """AlexNet with power iteration clustering on the graph of 5 nearest neighbors, 200 iterations.
 
-  The number of clusters differs every time; the classifier has room for 100,000 (own choice).
+  Results are a little below k-means (from memory of the paper). The number of clusters differs every time; the classifier
+  has room for 100,000 (own choice).
   """
   return _imagenet(model=dict(name="alexnet", sobel=True), clustering="pic", num_clusters=100_000, iterations=200)
 

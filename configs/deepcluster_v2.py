@@ -5,6 +5,9 @@
   configs/deepcluster_v2.py:imagenet        ResNet-50, 2x224 + 6x96, 800 epochs, batch 4096: 75.2 linear, 67.1 k-NN
   configs/deepcluster_v2.py:imagenet_2x224  two crops, 400 epochs: 70.2 linear
 
+Linear figures are those of the official README; 400 epochs of 2x160 + 4x96 reach 74.3 linear,
+at 3 min 13 per epoch.
+
 The embedded run, seed 0: k-NN 66.6 against 30.0, at least 25 points above its random initialization.
 """
 

@@ -99,7 +99,7 @@ def imagenet() -> dict:
 
 
 def imagenet_boost() -> dict:
-  """ViT-S/16, 300 epochs, batch 1024 (16 GPUs): 73.3 k-NN, 76.0 linear."""
+  """ViT-S/16, 300 epochs, batch 1024 (16 GPUs, 2.6 days): 73.3 k-NN, 76.0 linear."""
   method = dict(teacher_temperature=0.07, teacher_warmup_epochs=30, fix_scale=False)
   return _imagenet_vit(epochs=300, batch_size=1024, method=method)
 

@@ -26,7 +26,10 @@ def sprites() -> dict:
 
 
 def imagenet() -> dict:
-  """Batch 1024, 90 epochs; about 100 tokens per image, half of what 224 px squares take."""
+  """Batch 1024, 90 epochs; about 100 tokens per image, half of what 224 px squares take.
+
+  Command: python -m big_ssl.main --config=configs/navit.py:imagenet --data=IMAGENET_FOLDER
+  """
   return common.imagenet_run(total="90epochs", batch_size=1024) | dict(
     method=dict(name="navit", tokens=512, shard_size=32, sequences=5, max_images=16, max_grid=24, drop_law="beta", drop_rate=(0.0, 0.5), drop_beta=(2.0, 4.0)),
     model=dict(name="navit", variant="B", patch=16, image_size=512),

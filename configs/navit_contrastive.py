@@ -39,7 +39,10 @@ def sprites() -> dict:
 
 
 def imagenet() -> dict:
-  """Batch 4096, 100 epochs; two crops of about 100 tokens per image, logits in chunks of 1,024 columns."""
+  """Batch 4096, 100 epochs; two crops of about 100 tokens per image, logits in chunks of 1,024 columns.
+
+  Command: python -m big_ssl.main --config=configs/navit_contrastive.py:imagenet --data=IMAGENET_FOLDER
+  """
   return common.imagenet_run(total="100epochs", batch_size=4096) | dict(
     method=dict(
       name="navit_contrastive",

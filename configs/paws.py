@@ -1,7 +1,7 @@
 """PAWS, semi-supervised with a few labels (arXiv 2104.13963, code facebookresearch/suncet).
 
   configs/paws.py                the embedded sprites, a small ViT, 100 labels per class: minutes on two CPU cores
-  configs/paws.py:cifar10        wide ResNet 28-2, 4,000 labels, 600 epochs: the released recipe
+  configs/paws.py:cifar10        wide ResNet 28-2, 4,000 labels, 600 epochs of batch 256: the released recipe
   configs/paws.py:imagenet       ResNet-50, 10 % of the labels, the released recipe
   configs/paws.py:imagenet_1pct  the same with 1 %
 
@@ -52,10 +52,11 @@ def sprites() -> dict:
 
 
 def cifar10() -> dict:
-  """CIFAR-10 with 400 labels per class, one GPU, 600 epochs: 96.0 +- .2 after fine-tuning on the labels (Appendix C).
+  """CIFAR-10 with 400 labels per class, one GPU, 600 epochs: 96.0 +- .2 after fine-tuning on the labels.
 
   Support 10 x 64 images in 2 views, crops of 18 px, neither gray nor blur but solarization and equalization, no
-  prediction head. The paper draws the labels with five seeds: --config.method.labels_seed=0 ... 4.
+  prediction head. The figure is of Appendix C, as others cite it, over five draws of the labels:
+  --config.method.labels_seed=0 ... 4.
 
   Command: python -m big_ssl.main --config=configs/paws.py:cifar10 --data_dir=DIR_OF_TFDS
   """
@@ -94,6 +95,7 @@ def imagenet() -> dict:
 
   After 100 epochs 71.0 and 73.9, after 200 epochs 71.9 and 75.0 (official README). Support 960 classes x 7. 128 labels per
   class are drawn; for the public list of 128,116 images: --config.method.labels_file=LIST --config.method.labels_per_class=0
+  The release trains in mixed precision, this recipe in float32; --config.model.dtype=bfloat16 comes near to that.
 
   Command: python -m big_ssl.main --config=configs/paws.py:imagenet --data=IMAGENET_FOLDER
   """

@@ -12,6 +12,7 @@ train/images/a.jpg and train/labels/a.png. Every recipe scores the trained decod
 the backbone named here; for another one give its config.method.mean and std.
 
 Command: python -m big_ssl.main --config=configs/segmentation.py
+  python -m big_ssl.main --config=configs/segmentation.py:ade20k_mask --data=FOLDER --config.init_from.path=WORKDIR
 """
 
 import ml_collections

@@ -59,7 +59,7 @@ def cifar10() -> dict:
 
 
 def imagenet() -> dict:
-  """AlexNet, 400 epochs with batch 256, labels 100 times; 48.4 linear on the best layer after +Rot (paper's table).
+  """AlexNet, 400 epochs with batch 256, labels 100 times; 48.4 linear on the best layer after +Rot (public leaderboards).
 
   One head of 1,000 clusters gives 42.1, of 10,000 43.8 (README of the code). A solve takes minutes; the features are 21 GB
   on the host, the scores of a head 15 GB over all devices.
@@ -85,8 +85,8 @@ def imagenet_r50() -> dict:
 def imagenet_r50_aug() -> dict:
   """ResNet-50 with MoCo v2's views ("Aug++"), 280 epochs and three drops of the learning rate: 68.8 linear.
 
-  The README names neither the epochs of the drops (here in the proportions of the 400-epoch recipe) nor the jitter
-  (MoCo v2's).
+  The README gives "as in CMC" for the drops, whose code has other totals; here they are in the proportions of the 400-epoch
+  recipe.
   """
   views = dict(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, blur=0.5, gray_first=False)
   return common.imagenet_run(total="280epochs", batch_size=256) | dict(

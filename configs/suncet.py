@@ -42,9 +42,9 @@ def sprites() -> dict:
 def cifar10() -> dict:
   """WRN-28-2, 180 steps of 10 x 64 images in two views, LARS .1 -> .01 without decay, BN by its running statistics.
 
-  To 96.0 +- .2 from PAWS after 600 epochs, as the best epoch on the test set; the last one is reported here. It starts
-  from a run of configs/paws.py:cifar10, whose trees are the same, by default from where launch/cifar10_table.sh leaves it;
-  from fresh weights set --config.init_from=none --config.method.fixed_statistics=false.
+  To 96.0 +- .2 from PAWS after 600 epochs (its Appendix C, as others cite it), as the best epoch on the test set; the last
+  one is reported here. It starts from a run of configs/paws.py:cifar10, whose trees are the same, by default from where
+  launch/cifar10_table.sh leaves it; from fresh weights set --config.init_from=none --config.method.fixed_statistics=false.
 
   Command: python -m big_ssl.main --config=configs/suncet.py:cifar10 --data_dir=DIR_OF_TFDS
   """

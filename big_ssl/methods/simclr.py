@@ -70,7 +70,7 @@ class SimCLR(Method):
     augment = (
       ColorJitter(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8, style=self.jitter),
       Grayscale(p=self.gray),
-      GaussianBlur(p=self.blur, sigma=(0.1, 2.0)),
+      GaussianBlur(p=self.blur, sigma=(0.1, 2.0), taps="tenth", edge="zero"),
       *normalize(self),
     )
     view = View(name="views", size=self.size, count=2, scale=self.scale, interpolation="bicubic", augment=augment)
@@ -82,7 +82,7 @@ class SimCLR(Method):
   @property
   def encoder(self) -> Encoder:
     hidden = (self.hidden_dim,) * (self.head_layers - 1)
-    head = ProjectionHead(hidden=hidden, output=self.output_dim, activation="relu", final_batch_norm=True, use_bias=False)
+    head = ProjectionHead(hidden=hidden, output=self.output_dim, activation="relu", final_batch_norm=True, use_bias=False, init_std=0.01)
     return Encoder(backbone=self.model, head=head)
 
   def init(self, rng: Array, batch: dict[str, Array]) -> tuple[Params, Extra]:
