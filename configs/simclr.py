@@ -10,7 +10,7 @@ Fine-tuning of v2 from the first layer of the head: configs/finetune.py:simclr_v
 
 Command: python -m big_ssl.main --config=configs/simclr.py
 
-The embedded run, seed 0: k-NN 63.0 against 28.0, at least 25 points above its random initialization.
+The embedded run, seed 0: k-NN 69.9 against 28.0, at least 30 points above its random initialization.
 """
 
 import ml_collections
