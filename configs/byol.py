@@ -6,7 +6,7 @@
   configs/byol.py:imagenet_300    ResNet-50, 300 epochs, the schedule of the paper's ablations: 72.5 linear (Table 5)
   configs/byol.py:imagenet_100    ResNet-50, 100 epochs
 
-The embedded run, seed 0: k-NN 55.9 against 29.5, at least 20 points above its random initialization.
+The embedded run, seed 0: k-NN 57.3 against 29.5, at least 20 points above its random initialization.
 
 Command: python -m big_ssl.main --config=configs/byol.py
 """
@@ -34,7 +34,7 @@ def sprites() -> dict:
     momentum=0.99,
     size=32,
     scale=(0.2, 1.0),
-    blur=(0.5, 0.1),
+    blur=(0.0, 0.0),
     eval_fraction=1.0,
   )
   optim = dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0)

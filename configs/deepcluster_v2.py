@@ -8,7 +8,7 @@
 Linear figures are those of the official README; 400 epochs of 2x160 + 4x96 reach 74.3 linear,
 at 3 min 13 per epoch.
 
-The embedded run, seed 0: k-NN 66.6 against 30.0, at least 25 points above its random initialization.
+The embedded run, seed 0: k-NN 74.6 against 30.0, at least 30 points above its random initialization.
 """
 
 import ml_collections

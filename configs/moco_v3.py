@@ -10,7 +10,7 @@
 
 Published figures are those of the official README. Command: python -m big_ssl.main --config=configs/moco_v3.py
 
-The embedded run, seed 0: k-NN 56.0 against 27.1, at least 20 points above its random initialization.
+The embedded run, seed 0: k-NN 58.2 against 27.1, at least 20 points above its random initialization.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def sprites() -> dict:
   """Embedded data; the ViT recipe with smaller heads, a shorter average and a larger learning rate; own choice of sizes."""
   return common.sprites_run() | dict(
     method=dict(
-      name="moco_v3", momentum=0.98, hidden_dim=256, output_dim=64, size=32, scale=(0.2, 1.0), blur=(0.5, 0.1), eval_fraction=1.0
+      name="moco_v3", momentum=0.98, hidden_dim=256, output_dim=64, size=32, scale=(0.2, 1.0), blur=(0.0, 0.0), eval_fraction=1.0
     ),
     model=common.sprites_vit(**_vit()),
     optim=dict(name="adamw", lr=1e-3, warmup="50steps", weight_decay=0.05, clip=3.0),

@@ -5,7 +5,7 @@
   configs/sela_v2.py:imagenet        ResNet-50, 2x160 + 4x96, 400 epochs, batch 4096: 71.8 linear
   configs/sela_v2.py:imagenet_2x224  two crops, 400 epochs: 67.2 linear
 
-The embedded run, seed 0: k-NN 61.1 against 30.0, at least 20 points above its random initialization.
+The embedded run, seed 0: k-NN 71.1 against 30.0, at least 30 points above its random initialization.
 """
 
 import ml_collections
