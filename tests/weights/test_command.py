@@ -351,15 +351,18 @@ def test_a_partial_import_has_to_be_asked_for_and_lists_what_it_left(vit_file, t
   assert json.loads((tmp_path / "d" / "model.json").read_text())["left"]
 
 
-def test_the_center_of_a_full_checkpoint_of_dino_comes_in_with_its_head_and_goes_on(vit_file, tmp_path, capsys):
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_center_of_a_full_checkpoint_of_dino_comes_in_with_its_head_and_goes_on(vit_file, tmp_path, capsys, batch_norm):
   run("import", vit_file, f"--to={tmp_path / 'trunk'}", HEADS, "--layout=dino")
   card = json.loads((tmp_path / "trunk" / "model.json").read_text())
   given = {f"model.{k}": v for k, v in card["model"].items()}
   sizes = {"method.num_prototypes": 12, "method.hidden_dim": 8, "method.bottleneck_dim": 4, "method.head_layers": 2}
+  sizes["method.head_batch_norm"] = batch_norm
   options = given | sizes | {"init_from.path": str(tmp_path / "d")}
   new = setup.make_run(engine.small("dino", **options), devices=jax.devices()[:1])
   fresh, center = new.initial_state(), np.arange(12, dtype=np.float32)
-  head = dump("dino", Weights({"head": fresh.extra["teacher"]["head"]}, {}))
+  stats = {k: v for k, v in fresh.extra["teacher_batch_stats"].items() if k == "head"}
+  head = dump("dino", Weights({"head": fresh.extra["teacher"]["head"]}, stats))
   both = {f"backbone.{k}": v for k, v in read_file(vit_file).tensors.items() if not k.startswith("head.")} | head
   full = {f"{tree}/{k}": v for tree in ("teacher", "student") for k, v in both.items()}
   write_npz(tmp_path / "full.npz", full | {"dino_loss/center": center[None]})
