@@ -113,19 +113,15 @@ def test_no_gradient_reaches_the_extra_state(name):
 
 @PER_METHOD
 def test_several_devices_agree_with_one(name):
-  for devices in (8, 4) if name == "msn" else (8,):
-    compare_with_one_device(name, devices)
-
-
-def compare_with_one_device(name: str, devices: int) -> None:
   # Four steps: rounding grows from step to step, through the gates of PAWS's ReLUs by an order of magnitude in two.
   state1, history1 = engine.train_steps(shortened(name), stop=4)
-  state, history = engine.train_steps(shortened(name), devices=devices, stop=4)
-  losses, losses1 = (np.array([h["loss"] for h in hs]) for hs in (history, history1))
-  # Terms are of order 1 or more, but their difference may be near 0: PAWS's cross-entropy less the mean entropy.
-  np.testing.assert_allclose(losses, losses1, rtol=0, atol=1e-5 * max(1, np.abs(losses1).max()))
-  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+  for devices in (8, 4) if name == "msn" else (8,):
+    state, history = engine.train_steps(shortened(name), devices=devices, stop=4)
+    losses, losses1 = (np.array([h["loss"] for h in hs]) for hs in (history, history1))
+    # Terms are of order 1 or more, but their difference may be near 0: PAWS's cross-entropy less the mean entropy.
+    np.testing.assert_allclose(losses, losses1, rtol=0, atol=1e-5 * max(1, np.abs(losses1).max()))
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 @PER_METHOD
